@@ -1,0 +1,113 @@
+"""Settings of the ground: frozen, typed, without torch, so that a planner can read them on any machine."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+def setting(default: Any, help: str, unit: str = "", **limits: Any) -> Any:
+    """A field with its help text and unit; both are printed by `puna recipe show` and the reference page."""
+    return Field(default, description=help, json_schema_extra={"unit": unit}, **limits)
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+
+
+Stages = Annotated[tuple[tuple[int, int], ...], Field(strict=False)]
+
+
+class RunConfig(Section):
+    """Where and on what a run happens."""
+
+    dir: str = setting("runs/new", "folder that holds everything the run writes", "path")
+    seed: int = setting(0, "seed of initialisation and data order", ge=0)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: CUDA where there is one, else the CPU")
+    num_processes: int = setting(1, "processes on this machine; ignored under torchrun", "processes", ge=1)
+    num_threads: int = setting(0, "intra-op threads a process; 0: cores divided by processes", "threads", ge=0)
+    tensorboard: bool = setting(True, "write TensorBoard files beside events.jsonl")
+
+
+class TrainConfig(Section):
+    """The work: how many tokens, in what pieces, with which optimiser."""
+
+    tokens: int = setting(1_000_000, "tokens to train on; the run ends at the first step that reaches it", "tokens", ge=1)
+    batch_tokens: int = setting(8_192, "tokens of one optimiser step over all ranks", "tokens", ge=1)
+    seq_len: int = setting(512, "tokens in one sequence", "tokens", ge=2)
+    micro_batch: int = setting(
+        8, "sequences of one forward on one rank; accumulation is batch_tokens / (seq_len * micro_batch * ranks)",
+        "sequences", ge=1,
+    )
+    optimizer: Literal["adamw", "muon"] = setting(
+        "adamw", "adamw: decoupled weight decay; muon: orthogonalised momentum for the block matrices, AdamW for the rest"
+    )
+    lr: float = setting(3e-4, "peak learning rate", gt=0)
+    muon_lr: float = setting(0.02, "peak learning rate of the matrices under muon", gt=0)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = setting((0.9, 0.95), "decay of AdamW's two moments")
+    eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
+    weight_decay: float = setting(0.1, "decoupled weight decay of matrices; gains have none", ge=0)
+    clip: float = setting(1.0, "global gradient norm above which gradients are scaled down; 0: never", ge=0)
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto", "compute dtype; auto: bf16 where this machine multiplies bf16 matrices faster than fp32, else fp32"
+    )
+    compile: bool = setting(False, "torch.compile each block")
+    recompute: Literal["none", "selective", "full"] = setting(
+        "none", "activations recomputed in backward; selective keeps matrix products; full keeps block inputs only"
+    )
+
+
+class ScheduleConfig(Section):
+    """Curves over consumed tokens."""
+
+    warmup_tokens: int = setting(0, "tokens of linear warm-up from zero", "tokens", ge=0)
+    decay: Literal["cosine", "linear", "constant"] = setting("cosine", "shape of the learning rate after warm-up")
+    final_ratio: float = setting(0.1, "last learning rate as a share of the peak; linear with 0 ends at zero", ge=0, le=1)
+    decay_start: float = setting(0.0, "share of the tokens held at the peak before the decay begins", ge=0, lt=1)
+    batch_stages: Stages = setting((), "batch ramp: pairs (from token, batch_tokens)", "tokens")
+    seq_stages: Stages = setting((), "sequence-length stages: pairs (from token, seq_len)", "tokens")
+    average: Literal["none", "ema", "mean"] = setting(
+        "none", "weights kept beside the trained ones: exponential moving average, or plain mean (Llama 3 §3.4.3)"
+    )
+    average_from: float = setting(0.9, "share of the tokens after which averaging begins", ge=0, lt=1)
+    ema_decay: float = setting(0.99, "decay of the exponential moving average per step", gt=0, lt=1)
+
+
+class MeshConfig(Section):
+    """Sizes of the device mesh, outermost axis first: dp_replicate, dp_shard, pp, cp, tp (Llama 3 §3.3.2)."""
+
+    dp_replicate: int = setting(1, "copies of the sharded model (hybrid sharding when > 1)", "ranks", ge=1)
+    dp_shard: int = setting(0, "ranks that share one copy; 0: all that remain", "ranks", ge=0)
+    reshard_after_forward: bool = setting(
+        True, "true: full shard (least memory); false: grad-op, parameters stay gathered until backward"
+    )
+
+
+class CheckpointConfig(Section):
+    """When state is saved and what is kept."""
+
+    every: int = setting(100, "units of work between checkpoints", "steps", ge=1)
+    keep: int = setting(2, "newest checkpoints kept", "checkpoints", ge=1)
+    initial: bool = setting(False, "also save (and keep) the state before the first step")
+
+
+class EvalConfig(Section):
+    """Validation while training."""
+
+    every: int = setting(0, "units of work between evaluations on held-out data; 0: only at the end", "steps", ge=0)
+    tokens: int = setting(65_536, "held-out tokens of one evaluation", "tokens", ge=0)
+
+
+class LoopConfig(Section):
+    """What the run loop itself needs, whatever the task."""
+
+    run: RunConfig = RunConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _eval_needs_tokens(self) -> "LoopConfig":
+        if self.eval.every and not self.eval.tokens:
+            raise ValueError("eval.every is set but eval.tokens is 0; set eval.tokens to the held-out tokens to score")
+        return self
