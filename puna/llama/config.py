@@ -1,5 +1,7 @@
 """Shape of a Llama 2 / 3 / 3.1 / 3.2 text model. No torch here."""
 
+from typing import Literal
+
 from pydantic import model_validator
 
 from puna.train.config import Section, setting
@@ -58,3 +60,12 @@ class LlamaConfig(Section):
         attention = 2 * self.dim * self.head_dim * (self.num_heads + self.num_kv_heads)
         weights = head + self.num_layers * (attention + 3 * self.dim * self.ffn_dim)
         return 6.0 * weights + 6.0 * self.num_layers * seq_len * self.num_heads * self.head_dim
+
+
+class DataConfig(Section):
+    """What a text run reads."""
+
+    path: str = setting("runs/shards", "folder of token shards (`puna corpus tokenize` writes one)", "path")
+    packing: Literal["packed", "unpacked"] = setting(
+        "packed", "packed: rows hold several documents under a document mask; unpacked: a row a document, padded"
+    )
