@@ -1,0 +1,504 @@
+"""A recipe: a TOML file and flags become frozen, typed settings; every value knows the layer that set it.
+
+Layers, later ones win: defaults, the recipe named by `extends` (and what that one extends), the recipe itself, flags.
+The word `none` unsets an optional setting, in a file and on the command line alike.
+"""
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from puna.errors import RecipeError
+from puna.llama.config import DataConfig, LlamaConfig
+from puna.train.config import LoopConfig, MeshConfig, ScheduleConfig, TrainConfig, setting
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+class Recipe(LoopConfig):
+    """Everything one run depends on."""
+
+    task: Literal["pretrain"] = setting("pretrain", "what is trained; pretrain: next-token prediction on token shards")
+    model: LlamaConfig = LlamaConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="after")
+    def _heads_fill_the_stream(self) -> "Recipe":
+        model = self.model
+        if model.num_heads * model.head_dim != model.dim:
+            raise ValueError(
+                f"model.num_heads x model.head_dim is {model.num_heads} x {model.head_dim} = "
+                f"{model.num_heads * model.head_dim}, but model.dim is {model.dim}; "
+                f"set model.dim to {model.num_heads * model.head_dim}, or change the heads"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stages_ascend(self) -> "Recipe":
+        curves = {"batch_stages": self.schedule.batch_stages, "seq_stages": self.schedule.seq_stages}
+        for name, pairs in curves.items():
+            starts = [0, *(start for start, _ in pairs)]
+            if any(size < 1 for _, size in pairs):
+                raise ValueError(f"schedule.{name} holds a size below 1; every pair is (from token, size)")
+            if any(later <= earlier for earlier, later in pairwise(starts)):
+                raise ValueError(
+                    f"schedule.{name} begins its stages at tokens {starts[1:]}; "
+                    "list the stages in ascending order, the first one after token 0"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> "Recipe":
+        longest = max(stage.seq_len for stage in stages(self))
+        if longest > self.model.max_seq_len:
+            key = "train.seq_len" if longest == self.train.seq_len else "schedule.seq_stages"
+            raise ValueError(
+                f"{key} reaches {longest}, more than model.max_seq_len {self.model.max_seq_len}; "
+                "shorten the sequences or raise model.max_seq_len"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "Recipe":
+        if self.schedule.warmup_tokens > self.train.tokens:
+            raise ValueError(
+                f"schedule.warmup_tokens {self.schedule.warmup_tokens} is more than train.tokens {self.train.tokens}; "
+                "the peak learning rate would never be reached: shorten the warm-up or train longer"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "Recipe":
+        _require_divisible(self, num_data_ranks=1)
+        return self
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From `start` consumed tokens on, steps of `batch_tokens` in sequences of `seq_len`."""
+
+    start: int
+    batch_tokens: int
+    seq_len: int
+
+
+def stages(recipe: Recipe) -> list[Stage]:
+    """The batch ramp and the sequence-length stages as one list, in order of consumed tokens."""
+    batch = dict([(0, recipe.train.batch_tokens), *recipe.schedule.batch_stages])
+    seq = dict([(0, recipe.train.seq_len), *recipe.schedule.seq_stages])
+    found: list[Stage] = []
+    for start in sorted({*batch, *seq}):
+        before = found[-1] if found else Stage(0, batch[0], seq[0])
+        found.append(Stage(start, batch.get(start, before.batch_tokens), seq.get(start, before.seq_len)))
+    return found
+
+
+def check_ranks(recipe: Recipe, num_data_ranks: int) -> None:
+    """Raise RecipeError unless every stage's batch splits into whole micro-batches over `num_data_ranks` ranks."""
+    try:
+        _require_divisible(recipe, num_data_ranks)
+    except ValueError as error:
+        raise RecipeError(*_halves(str(error))) from None
+
+
+def _require_divisible(recipe: Recipe, num_data_ranks: int) -> None:
+    for stage in stages(recipe):
+        piece = stage.seq_len * recipe.train.micro_batch * num_data_ranks
+        if stage.batch_tokens % piece:
+            nearest = max(1, round(stage.batch_tokens / piece)) * piece
+            where = f" from token {stage.start}" if stage.start else ""
+            key = "schedule.batch_stages" if stage.start else "train.batch_tokens"
+            raise ValueError(
+                f"{key}: {stage.batch_tokens} tokens a step{where} do not split into micro-batches of seq_len "
+                f"{stage.seq_len} x train.micro_batch {recipe.train.micro_batch} x {num_data_ranks} data-parallel "
+                f"ranks = {piece} tokens; make it {nearest}, or change train.micro_batch"
+            )
+
+
+# --- keys -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting: its dotted name, what it means, in what unit, and what it may be."""
+
+    name: str
+    help: str
+    unit: str
+    allowed: str
+    default: Any
+    is_text: bool
+    is_optional: bool  # may be none
+
+
+@cache
+def keys() -> dict[str, Key]:
+    """Every setting by its dotted name, in the order of the sections."""
+    schema = Recipe.model_json_schema()
+    return {name: _key(name, field) for name, field in _leaves(schema, schema["$defs"])}
+
+
+@cache
+def sections() -> dict[str, bool]:
+    """Every group of settings by its dotted name, and whether it is optional (may be `none`)."""
+    schema = Recipe.model_json_schema()
+    return dict(_groups(schema, schema["$defs"]))
+
+
+def _key(name: str, field: dict[str, Any]) -> Key:
+    return Key(
+        name=name,
+        help=field.get("description", ""),
+        unit=field.get("unit", ""),
+        allowed=_allowed(field),
+        default=field["default"],
+        is_text=field.get("type") == "string",
+        is_optional=any(choice.get("type") == "null" for choice in field.get("anyOf", ())),
+    )
+
+
+def _target(field: dict[str, Any], defs: dict[str, Any]) -> dict[str, Any] | None:
+    """The group that a field points to, or None where the field is a value."""
+    for choice in (field, *field.get("anyOf", ())):
+        if "$ref" in choice:
+            return defs[choice["$ref"].removeprefix("#/$defs/")]
+    return None
+
+
+def _leaves(group: dict[str, Any], defs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, field in sorted(group["properties"].items(), key=lambda item: _target(item[1], defs) is not None):
+        target = _target(field, defs)
+        if target is None:
+            yield prefix + name, field
+        else:
+            yield from _leaves(target, defs, f"{prefix}{name}.")
+
+
+def _groups(group: dict[str, Any], defs: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, bool]]:
+    for name, field in group["properties"].items():
+        target = _target(field, defs)
+        if target is not None:
+            yield prefix + name, "anyOf" in field
+            yield from _groups(target, defs, f"{prefix}{name}.")
+
+
+_KINDS = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+_LIMITS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "more than",
+    "maximum": "at most",
+    "exclusiveMaximum": "less than",
+}
+
+
+def _allowed(field: dict[str, Any]) -> str:
+    """What a value may be, in words, from its JSON schema."""
+    if "const" in field:
+        return f"only {field['const']}"
+    if "enum" in field:
+        return "one of " + ", ".join(map(str, field["enum"]))
+    if "anyOf" in field:
+        return " or ".join("none" if choice["type"] == "null" else _allowed(choice) for choice in field["anyOf"])
+    if field["type"] == "array":
+        inner = field.get("prefixItems")
+        return f"[{', '.join(map(_allowed, inner))}]" if inner else f"a list of {_allowed(field['items'])}"
+    limits = [f"{words} {field[limit]}" for limit, words in _LIMITS.items() if limit in field]
+    return _KINDS[field["type"]] + "".join(f", {limit}" for limit in limits)
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Where a value came from: a recipe file or the flags."""
+
+    name: str
+    text: str = ""
+
+    def place(self, key: str) -> str:
+        """The layer's name, with the line of `key` where the file shows it."""
+        line = _line(self.text, key)
+        return f"{self.name}, line {line}" if line else self.name
+
+
+FLAG = Layer("flag")
+DEFAULT = Layer("default")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe, the layer that set each dotted key, and the resolved recipe as TOML."""
+
+    recipe: Recipe
+    origins: dict[str, str]
+    text: str
+
+
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
+    """Read a shipped recipe, a TOML file or a run directory, and lay `--section.key value` overrides over it.
+
+    Raises RecipeError: unknown recipe, unknown key, value of a wrong type or outside its limits, contradiction.
+    """
+    merged: dict[str, tuple[Any, Layer]] = {}
+    for layer, table in [*_files(_find(str(name_or_path), Path())), (FLAG, _flags(overrides))]:
+        for key, value in _entries(table, layer):
+            _lay(merged, key, value, layer)
+    recipe = _build(merged)
+    return Loaded(recipe, _origins(recipe, merged), dump_toml(recipe))
+
+
+def names() -> list[str]:
+    """Recipes that ship."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def _find(name: str, beside: Path) -> Path:
+    """The file that a name, a path or a run directory means; relative paths start at the folder `beside`."""
+    if name in names():
+        return FOLDER / f"{name}.toml"
+    path = beside / name
+    if path.is_dir() and (path / "recipe.toml").is_file():
+        return path / "recipe.toml"
+    if path.suffix == ".toml" or "/" in name:
+        if path.is_file():
+            return path
+        raise RecipeError(f"no recipe at {path}", f"Give the path of a TOML file, or a name: {', '.join(names())}")
+    close = difflib.get_close_matches(name, names(), n=len(names()), cutoff=0.0)
+    raise RecipeError(f"no recipe named {name!r}", f"Did you mean {close[0]}? These ship: {', '.join(close)}")
+
+
+def _files(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Layer, dict[str, Any]]]:
+    """The recipe at `path` and what it extends, the farthest base first."""
+    if path in seen:
+        chain = " -> ".join(str(step) for step in (*seen, path))
+        raise RecipeError(f"recipes extend each other in a circle: {chain}", "Remove one of the `extends` lines.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"{path} is not TOML: {error}", "Mend that place; text needs quotes.") from None
+    base = table.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise RecipeError(f"extends = {base!r} in {path} is not text", 'Write extends = "NAME" or a path.')
+    below = _files(_find(base, path.parent), (*seen, path)) if base else []
+    name = f"recipe {path.stem}" if path.parent == FOLDER else f"file {path}"
+    return [*below, (Layer(name, text), table)]
+
+
+def _flags(overrides: Sequence[str]) -> dict[str, Any]:
+    """`--a.b value` and `--a.b=value` as one table of dotted keys."""
+    table: dict[str, Any] = {}
+    words = iter(overrides)
+    for word in words:
+        if not word.startswith("--"):
+            raise RecipeError(f"{word!r} is neither a flag nor a flag's value", "Write --section.key value.")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            text = next(words, "--")
+            if text.startswith("--"):
+                raise RecipeError(f"--{key} has no value", f"Write --{key} VALUE; booleans too: true or false.")
+        table[key] = _value(key, text)
+    return table
+
+
+def _value(key: str, text: str) -> Any:
+    """A flag's value as TOML, or as text where it is not TOML or where the setting is text."""
+    if key in keys() and keys()[key].is_text:
+        return text
+    try:
+        table = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return table["value"] if len(table) == 1 else text
+
+
+def _entries(table: Mapping[str, Any], layer: Layer, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested table; every key is known."""
+    for name, value in table.items():
+        key = prefix + name
+        if key in keys() or (value == "none" and sections().get(key)):
+            yield key, value
+        elif key not in sections():
+            raise _unknown(key, layer)
+        elif isinstance(value, Mapping):
+            yield from _entries(value, layer, f"{key}.")
+        else:
+            choice = ", or none" if sections()[key] else ""
+            raise RecipeError(
+                f"{key} = {value!r} ({layer.place(key)}): {key} is a section", f"Set the keys inside it{choice}."
+            )
+
+
+def _unknown(key: str, layer: Layer) -> RecipeError:
+    known = [*keys(), *sections()]
+    same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = [*same_name, *difflib.get_close_matches(key, known, n=1, cutoff=0.0)]
+    return RecipeError(f"{key}: unknown key in {layer.place(key)}", f"Did you mean {close[0]}?")
+
+
+def _lay(merged: dict[str, tuple[Any, Layer]], key: str, value: Any, layer: Layer) -> None:
+    """Set `key`; `none` unsets an optional setting, with everything that lower layers put inside it."""
+    is_section = key in sections()
+    if is_section:
+        for inner in [other for other in merged if other.startswith(f"{key}.")]:
+            del merged[inner]
+    for group in sections():
+        if key.startswith(f"{group}."):
+            merged.pop(group, None)
+    unset = value == "none" and (is_section or keys()[key].is_optional)
+    merged[key] = (None if unset else value, layer)
+
+
+def _build(merged: Mapping[str, tuple[Any, Layer]]) -> Recipe:
+    nested: dict[str, Any] = {}
+    for key, (value, _) in merged.items():
+        *groups, name = key.split(".")
+        table = nested
+        for group in groups:
+            table = table.setdefault(group, {})
+        table[name] = _frozen(value)
+    try:
+        return Recipe.model_validate(nested)
+    except ValidationError as error:
+        raise _explain(error.errors()[0], merged) from None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _origins(recipe: Recipe, merged: Mapping[str, tuple[Any, Layer]]) -> dict[str, str]:
+    return {key: merged.get(key, (None, DEFAULT))[1].name for key in _flatten(recipe.model_dump())}
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in sorted(table.items(), key=lambda item: isinstance(item[1], Mapping)):
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+# --- errors in one sentence -----------------------------------------------------------------------------------------
+
+
+def _explain(error: ErrorDetails, merged: Mapping[str, tuple[Any, Layer]]) -> RecipeError:
+    """A validation error as one sentence: key, value, layer, and what is allowed."""
+    path = [str(part) for part in error["loc"]]
+    if error["type"] == "value_error":
+        problem, fix = _halves(error["msg"].removeprefix("Value error, "))
+        mentioned = [f"{key} set by {layer.place(key)}" for key, (_, layer) in merged.items() if _names(problem, key)]
+        where = f" ({', '.join(mentioned)})" if mentioned else ""
+        return RecipeError("".join(f"{part}: " for part in path) + problem + where, fix)
+    key = next(".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in keys())
+    value, layer = merged[key]
+    return RecipeError(f"{key} = {_toml(value)} ({layer.place(key)}) is not allowed", _remedy(keys()[key], value))
+
+
+def _names(text: str, key: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w.]*\w)", text) is not None
+
+
+def _remedy(key: Key, value: Any) -> str:
+    if isinstance(value, float) and value.is_integer() and key.allowed.startswith("a whole number"):
+        return f"It must be {key.allowed}; write {int(value):_}."
+    choices = key.allowed.removeprefix("one of ").split(", ")
+    close = difflib.get_close_matches(str(value), choices, n=1) if key.allowed.startswith("one of ") else []
+    return f"It must be {key.allowed}" + (f"; did you mean {close[0]}?" if close else ".")
+
+
+def _halves(message: str) -> tuple[str, str]:
+    """The messages of rules read `problem; fix`."""
+    problem, _, fix = message.partition("; ")
+    return problem, fix[:1].upper() + fix[1:] + "."
+
+
+def _line(text: str, key: str) -> int | None:
+    """The line of a TOML text that sets `key`, where it stands on a line of its own."""
+    section = ""
+    for number, line in enumerate(text.splitlines(), start=1):
+        if header := re.match(r"\s*\[([\w.]+)\]", line):
+            section = f"{header[1]}."
+        elif (entry := re.match(r"\s*([\w.-]+)\s*=", line)) and f"{key}.".startswith(f"{section}{entry[1]}."):
+            return number
+    return None
+
+
+# --- printing -------------------------------------------------------------------------------------------------------
+
+
+def show(loaded: Loaded) -> list[dict[str, Any]]:
+    """One record a setting: key, value, unit, layer that set it, help."""
+    return [
+        {
+            "key": name,
+            "value": value,
+            "unit": keys()[name].unit if name in keys() else "",
+            "layer": loaded.origins[name],
+            "help": keys()[name].help if name in keys() else "optional section, not set",
+        }
+        for name, value in _flatten(loaded.recipe.model_dump()).items()
+    ]
+
+
+def dump_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML that `load` reads back to an equal recipe."""
+    lines: list[str] = []
+    section = ""
+    for name, value in _flatten(recipe.model_dump()).items():
+        group, _, key = name.rpartition(".")
+        if group != section:
+            lines += ["", f"[{group}]"]
+            section = group
+        lines.append(f"{key} = {_toml(value)}")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return '"none"'
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml, value))}]"
+    return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, for editors."""
+    found = Recipe.model_json_schema()
+    found["properties"]["extends"] = {"type": "string", "description": "recipe to start from: a name or a path"}
+    return found
+
+
+_HEAD = ("| key | default | unit | meaning | allowed |", "|---|---|---|---|---|")
+
+
+def reference() -> str:
+    """The reference page's tables, in Markdown: every setting with its default, unit, meaning and limits."""
+    lines: list[str] = []
+    section = None
+    for key in keys().values():
+        group, _, name = key.name.rpartition(".")
+        if group != section:
+            section = group
+            lines += ["", f"### {group or 'top level'}", "", *_HEAD]
+        lines.append(f"| `{name}` | `{_toml(key.default)}` | {key.unit or '-'} | {key.help} | {key.allowed} |")
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def to_json(loaded: Loaded) -> str:
+    """What a run directory keeps as recipe.json: each dotted key with its value and layer."""
+    return json.dumps({row["key"]: {"value": row["value"], "layer": row["layer"]} for row in show(loaded)}, indent=2)
