@@ -1,0 +1,70 @@
+"""Cross-entropy of a language model in which the matrix of logits is never whole."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+CHUNK_BYTES = 1 << 27
+
+
+def token_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over tokens of -log softmax(hidden weight^T)[target], a float32 scalar (float64 for float64 inputs).
+
+    hidden (..., D), weight (V, D), targets (...) with -100 where a token does not count. The logits exist for one chunk
+    of tokens at a time, `CHUNK_BYTES` of float32; their gradients are taken in the same pass, so that nothing is kept
+    and nothing computed twice.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    counted = targets != IGNORED
+    if not counted.all():
+        hidden, targets = hidden[counted], targets[counted]
+    return _TokenLossSum.apply(hidden, weight, targets, torch.is_grad_enabled())
+
+
+class _TokenLossSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
+        need_hidden, need_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        chunk = max(1, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
+        for rows in torch.arange(len(targets)).split(chunk):
+            span = slice(int(rows[0]), int(rows[-1]) + 1)
+            logits = (hidden[span] @ weight.T).to(exact)
+            picked = targets[span, None]
+            torch.log_softmax(logits, dim=-1, out=logits)
+            total -= logits.gather(1, picked).sum()
+            if not (need_hidden or need_weight):
+                continue
+            slope = logits.exp_()
+            slope.scatter_add_(1, picked, slope.new_full((), -1).expand_as(picked))
+            slope = slope.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(slope, weight, out=grad_hidden[span])
+            if grad_weight is not None:
+                add_product(grad_weight, slope.T, hidden[span])
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return (
+            None if grad_hidden is None else grad_hidden * grad.to(grad_hidden.dtype),
+            None if grad_weight is None else (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in one pass where the dtypes agree."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
