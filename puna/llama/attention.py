@@ -46,7 +46,7 @@ class Mask:
 
 
 def sdpa(query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, seen: Tensor | None = None) -> Tensor:
-    """Attention of (B, L, H, head_dim) queries to (B, S, K, head_dim) keys and values; H / K queries share a key head."""
+    """Attention of queries (B, L, H, head_dim) to keys and values (B, S, K, head_dim); H / K heads share a key head."""
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen, is_causal=causal, enable_gqa=True)
     return mixed.transpose(1, 2)

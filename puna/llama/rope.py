@@ -11,7 +11,7 @@ from puna.llama.config import LlamaConfig, RopeScaling
 
 
 def inverse_frequencies(config: LlamaConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Radians a position for each channel pair, (head_dim / 2,): theta^(-2i / head_dim), then scaled if so configured."""
+    """Radians a position for each channel pair, (head_dim / 2,): theta^(-2i / head_dim), scaled if so configured."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=device) / config.head_dim
     frequencies = 1.0 / (config.rope_theta**exponents)
     return scaled(frequencies, config.rope_scaling) if config.rope_scaling else frequencies
