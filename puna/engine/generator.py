@@ -1,0 +1,130 @@
+"""Batched generation over a live module."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from puna.engine.params import SamplingParams
+from puna.engine.row import Delta, FinishReason, Row
+from puna.engine.sampler import logprobs, sample
+from puna.errors import NonFinite, TokenizerError, UserError
+from puna.llama.cache import DenseCache
+from puna.llama.model import Llama
+from puna.llama.tokenizer import Tokenizer
+
+DEFAULTS = SamplingParams()
+
+
+@dataclass
+class Completion:
+    """Sample `sample` of prompt `prompt`. tokens: all that were drawn, a stop token included; logprobs: one a token;
+    top: alternatives of each token; text: without stop tokens and stop strings."""
+
+    prompt: int
+    sample: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason | None = None
+
+    def push(self, delta: Delta) -> None:
+        """Appends the next token."""
+        self.tokens.append(delta.token)
+        self.logprobs.append(delta.logprob)
+        self.top.append(delta.top)
+        self.text += delta.text
+        self.finish_reason = delta.finish_reason
+
+
+class Generator:
+    """Draws continuations from `model`, at most `max_rows` at a time; weights may change between calls.
+
+    Raises TokenizerError where the tokenizer knows more ids than the model. Ids only the model has are never drawn.
+    """
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, max_rows: int = 32) -> None:
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}",
+                "Use the tokenizer the model was trained with.",
+            )
+        self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
+
+    def generate(
+        self, prompts: Sequence[list[int]], n: int = 1, params: SamplingParams = DEFAULTS
+    ) -> list[Completion]:
+        """`n` completions of each prompt, prompt by prompt. Raises what `check` raises."""
+        done = [Completion(prompt, sample) for prompt in range(len(prompts)) for sample in range(n)]
+        for delta in self.stream(prompts, n, params):
+            done[delta.prompt * n + delta.sample].push(delta)
+        return done
+
+    def stream(
+        self, prompts: Sequence[list[int]], n: int = 1, params: SamplingParams = DEFAULTS
+    ) -> Iterator[Delta]:
+        """The same, token by token, rows interleaved; closing the iterator ends the work. `check` comes at once."""
+        self.check(prompts, params)
+        rows = [self._row(index, sample, tokens, params) for index, tokens in enumerate(prompts) for sample in range(n)]
+        rows.sort(key=lambda row: len(row.tokens))
+        groups = (rows[start : start + self.max_rows] for start in range(0, len(rows), self.max_rows))
+        return (delta for group in groups for delta in self._decode(group, params))
+
+    def check(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+        """Raises UserError where a prompt is empty, holds an unknown id, or leaves no room for `max_tokens`."""
+        vocab_size, max_seq_len = self.tokenizer.vocab_size, self.model.config.max_seq_len
+        for tokens in prompts:
+            if not tokens:
+                raise UserError("the prompt holds no token", "Give at least one token or some text.")
+            if not 0 <= min(tokens) <= max(tokens) < vocab_size:
+                raise UserError(
+                    f"the prompt holds token ids outside the vocabulary of {vocab_size}",
+                    f"Use ids from 0 to {vocab_size - 1}.",
+                )
+            new = 1 if params.max_tokens is None else params.max_tokens
+            if len(tokens) + new > max_seq_len:
+                raise UserError(
+                    f"the prompt has {len(tokens)} tokens and {new} more were asked for, but this model's context is "
+                    f"{max_seq_len} tokens",
+                    "Shorten the prompt or ask for fewer tokens.",
+                )
+
+    def _row(self, index: int, sample: int, tokens: list[int], params: SamplingParams) -> Row:
+        left = params.max_tokens or self.model.config.max_seq_len - len(tokens)
+        return Row(index, sample, tokens, left, params, self.tokenizer)
+
+    @torch.inference_mode()
+    def _decode(self, rows: list[Row], params: SamplingParams) -> Iterator[Delta]:
+        # Prompts are padded on the right: a query sees key positions up to its own, and new keys overwrite the padding.
+        head = self.model.head
+        lengths = torch.tensor([len(row.tokens) for row in rows], device=head.device)
+        width = int(lengths.max())
+        tokens = torch.tensor([row.tokens + [0] * (width - len(row.tokens)) for row in rows], device=head.device)
+        longest = max(len(row.tokens) + row.left for row in rows)
+        cache = DenseCache(len(rows), longest, self.model.config, head.dtype, head.device)
+        positions = torch.arange(width, device=head.device).expand(len(rows), -1)
+        hidden = self.model.hidden(tokens, positions=positions, cache=cache)
+        hidden = hidden[torch.arange(len(rows), device=head.device), lengths - 1]
+        while True:
+            logits = self.model.logits(hidden)
+            known = logits[:, : self.tokenizer.vocab_size]
+            drawn = sample(known, [row.uniform() for row in rows], params.temperature, params.top_p)
+            yield from _push(rows, logits, drawn, params.top_logprobs)
+            going = torch.tensor([not row.finished for row in rows], device=head.device)
+            if not going.any():
+                return
+            hidden = self.model.hidden(drawn[:, None], positions=lengths[:, None], cache=cache)[:, 0]
+            lengths = lengths + going
+
+
+def _push(rows: list[Row], logits: Tensor, drawn: Tensor, num_top: int) -> Iterator[Delta]:
+    scores, tops = logprobs(logits, drawn, num_top)
+    for row, token, score, top in zip(rows, drawn.tolist(), scores, tops, strict=True):
+        if row.finished:
+            continue
+        if not math.isfinite(score):
+            raise NonFinite(f"the model gave a drawn token the log-probability {score}; its weights may be damaged")
+        yield row.push(token, score, top)
