@@ -1,9 +1,9 @@
 """Bits per byte: what a model needs to write down held-out text, independent of its tokenizer.
 
-Every held-out token but each document's first (BOS) is scored exactly once, EOS included, and each document alone. A document
-longer than `context` is read in windows that advance by `stride`; a window scores only the tokens that no earlier one scored, so
-past the first window every token sees at least context - stride tokens of history. A smaller stride costs context / stride times
-the work and gives a lower (truer) figure.
+Every held-out token but each document's first (BOS) is scored exactly once, EOS included, and each document alone. A
+document longer than `context` is read in windows that advance by `stride`; a window scores only the tokens that no
+earlier one scored, so past the first window every token sees at least context - stride tokens of history. A smaller
+stride costs context / stride times the work and gives a lower (truer) figure.
 """
 
 import math
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from puna.console import track
 from puna.errors import DataError
+from puna.llama.loss import IGNORED
 from puna.llama.model import Llama
 from puna.llama.shards import Shards
-
-IGNORED = -100
+from puna.llama.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def windows(document: int, num_targets: int, context: int, stride: int) -> Itera
 
 
 def batches(pieces: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Windows of like length together, longest first; a batch holds at most `batch_tokens` with padding (or one window)."""
+    """Windows of like length together, longest first; at most `batch_tokens` with padding, or one window."""
     batch: list[Window] = []
     for piece in sorted(pieces, key=lambda w: -w.length):
         if batch and (len(batch) + 1) * batch[0].length > batch_tokens:
@@ -71,32 +71,52 @@ def num_documents_within(shards: Shards, limit_tokens: int | None) -> int:
     return min(int(np.searchsorted(np.cumsum(shards.lengths - 1), limit_tokens)) + 1, shards.num_documents)
 
 
+def text(shards: Shards, num_documents: int | None = None) -> bytes:
+    """The UTF-8 text of the first `num_documents` documents (None: all), decoded and joined."""
+    tokenizer = Tokenizer.load(shards.tokenizer_dir)
+    numbers = range(shards.num_documents if num_documents is None else num_documents)
+    return "".join(tokenizer.decode(shards.document(d).tolist()) for d in numbers).encode()
+
+
 def bits_per_byte(
-    model: Llama, shards: Shards, *, context: int, stride: int, batch_tokens: int = 8_192, limit_tokens: int | None = None,
+    model: Llama,
+    shards: Shards,
+    *,
+    context: int,
+    stride: int,
+    batch_tokens: int = 8_192,
+    limit_tokens: int | None = None,
     progress: bool = True,
 ) -> dict[str, float]:
-    """Score the held-out documents of `shards` with `model`, on the device where its parameters are.
+    """Score the documents of `shards` with `model`, on the device where its parameters are.
 
-    context: tokens of one forward. stride: tokens a window advances, 1 to context. batch_tokens: tokens of one forward over all
-    rows, padding included. limit_tokens: stop after the document that reaches it. Returns bits_per_byte (of the UTF-8 text),
-    nats_per_token, num_tokens (scored), num_bytes, num_documents, context, stride. Raises DataError where there is nothing to score.
+    context: tokens of one forward. stride: tokens a window advances, 1 to context. batch_tokens: tokens of one forward
+    over all rows, padding included. limit_tokens: stop after the document that reaches it. Returns bits_per_byte (of the
+    UTF-8 text), nats_per_token, num_tokens (scored), num_bytes, num_documents, context, stride. Raises DataError where
+    the stride does not fit the context.
     """
     if not 1 <= stride <= context:
-        raise DataError(f"stride {stride} is not between 1 and the context of {context} tokens", "Set it to at most --context.")
+        raise DataError(
+            f"A stride of {stride} tokens is not between 1 and the context of {context}", "Choose one that is."
+        )
     num_documents = num_documents_within(shards, limit_tokens)
     pieces = [w for d in range(num_documents) for w in windows(d, int(shards.lengths[d]) - 1, context, stride)]
-    if not pieces:
-        raise DataError(f"the {shards.split} split holds no token to score", "Rebuild the shards with more held-out text.")
     plan = list(batches(pieces, batch_tokens))
-    nats, device, training = 0.0, next(model.parameters()).device, model.training
+    nats, device, was_training = 0.0, next(model.parameters()).device, model.training
     model.eval()
     with torch.inference_mode():
         for batch in track(plan, "bits per byte") if progress else plan:
             tokens, targets = _tensors(batch, shards)
             nats += float(model(tokens.to(device), targets.to(device)))
-    model.train(training)
-    num_tokens, num_bytes = sum(w.length - w.num_seen for w in pieces), shards.num_bytes
+    model.train(was_training)
+    num_tokens = sum(w.length - w.num_seen for w in pieces)
+    num_bytes = shards.num_bytes if num_documents == shards.num_documents else len(text(shards, num_documents))
     return {
-        "bits_per_byte": nats / math.log(2) / num_bytes, "nats_per_token": nats / num_tokens,
-        "num_tokens": num_tokens, "num_bytes": num_bytes, "num_documents": num_documents, "context": context, "stride": stride,
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "nats_per_token": nats / num_tokens,
+        "num_tokens": num_tokens,
+        "num_bytes": num_bytes,
+        "num_documents": num_documents,
+        "context": context,
+        "stride": stride,
     }

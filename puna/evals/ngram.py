@@ -2,12 +2,12 @@
 
     p(w | h) = (c(h w) + t(h) p(w | h')) / (c(h) + t(h))
 
-c counts in the training tokens, t(h) is the number of distinct tokens seen after h, h' is h without its oldest token, and below
-the single token stands the uniform 1 / V (Witten and Bell 1991; Chen and Goodman 1999, section 2.4). Nothing crosses a document
-border; a document's first token (BOS) is context and is never predicted.
+c counts in the training tokens, t(h) is the number of distinct tokens seen after h, h' is h without its oldest token,
+and below the single token stands the uniform 1 / V (Witten and Bell 1991; Chen and Goodman 1999, section 2.4). Nothing
+crosses a document border; a document's first token (BOS) is context and is never predicted.
 
-An n-gram is one integer: (rank of its first n - 1 tokens among all seen) * V + last token. Ranks are below the number of
-training tokens, so the key fits int64 for any vocabulary and any corpus that fits memory.
+An n-gram is one integer: (rank of its first n - 1 tokens among all seen) * V + last token. Ranks are below the number
+of training tokens, so the key fits int64 for any vocabulary and any corpus that fits memory.
 """
 
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class _Level:
         return np.where(self.keys[rank] == keys, rank, -1)
 
     def mix(self, keys: Ints, contexts: Ints, lower: Floats) -> tuple[Floats, Ints]:
-        """p(w | h) over `lower` = p(w | h'), and the rank of each n-gram (-1: unseen). A context of -1 leaves `lower` as it is."""
+        """p(w | h) from `lower` = p(w | h'), and the rank of each n-gram; rank -1 is unseen, and as a context changes nothing."""
         rank = np.where(contexts >= 0, self.find(keys), -1)
         count = np.where(rank >= 0, self.counts[rank], 0)
         distinct, total = self.distinct[contexts], self.total[contexts]
@@ -54,8 +54,8 @@ def _level(keys: Ints, num_contexts: int, vocab_size: int) -> tuple[_Level, Ints
 class NGram:
     """Counts of a training corpus up to n-grams of `order` tokens.
 
-    tokens: (num_tokens,) integers below vocab_size. offsets: (num_documents + 1,), document d is tokens[offsets[d]:offsets[d + 1]].
-    Takes about 150 bytes a training token at the peak for order 5.
+    tokens: (num_tokens,) integers below vocab_size. offsets: (num_documents + 1,): document d is
+    tokens[offsets[d] : offsets[d + 1]]. Takes about 150 bytes a training token at the peak for order 5.
     """
 
     def __init__(self, tokens: np.ndarray, offsets: np.ndarray, vocab_size: int, order: int = 5) -> None:
@@ -69,9 +69,10 @@ class NGram:
                 break
             level, ranks = _level(contexts[last] * vocab_size + tokens[last], num_contexts, vocab_size)
             self.levels.append(level)
-            # The contexts of the next level end one token earlier. A single token is its own rank, for BOS is a context too.
-            ends, num_contexts = (tokens, vocab_size) if n == 1 else (np.full(len(tokens), -1), len(level.keys))
-            if n > 1:
+            if n == 1:  # as a context a single token is its own rank, for BOS is a context too
+                ends, num_contexts = tokens, vocab_size
+            else:
+                ends, num_contexts = np.full(len(tokens), -1), len(level.keys)
                 ends[last] = ranks
             contexts = _shift(ends)
 

@@ -12,7 +12,8 @@ VOCAB = 11
 def corpus(seed, num_documents, vocab=VOCAB):
     """Documents BOS (0) + skewed random text + EOS (1); some are empty."""
     rng = np.random.default_rng(seed)
-    return [[0, *(2 + rng.integers(0, vocab - 2, n) * rng.integers(0, 2, n)).tolist(), 1] for n in rng.integers(0, 30, num_documents)]
+    lengths = rng.integers(0, 30, num_documents)
+    return [[0, *(2 + rng.integers(0, vocab - 2, n) * rng.integers(0, 2, n)).tolist(), 1] for n in lengths]
 
 
 def flat(documents):
