@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 from puna.errors import TokenizerError
 
@@ -27,7 +28,8 @@ END_OF_MESSAGE, END_OF_TURN = "<|eom_id|>", "<|eot_id|>"
 # Special tokens of Llama 3 in the order of their ids; reserved slots fill up to the number wanted (256 in Llama 3).
 NAMED_SPECIALS = (
     BEGIN_OF_TEXT, END_OF_TEXT, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|step_id|>", START_HEADER, END_HEADER, END_OF_MESSAGE, END_OF_TURN, "<|python_tag|>", "<|image|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", START_HEADER, END_HEADER, END_OF_MESSAGE, END_OF_TURN,
+    "<|python_tag|>", "<|image|>",
 )  # fmt: skip
 STOP_NAMES = (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN)
 BOS_NAMES, EOS_NAMES = (BEGIN_OF_TEXT, "<s>", "<|endoftext|>"), (END_OF_TEXT, "</s>", "<|endoftext|>")
@@ -67,6 +69,10 @@ class _Form(ABC):
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
 
+    @abstractmethod
+    def to_json(self, bos: str) -> dict[str, Any]:
+        """The content of a tokenizer.json that gives the same ids, with BOS before a text."""
+
 
 class _Ranks(_Form):
     """A tiktoken rank file: one base64 token and its rank a line; 256 special tokens follow the ranks."""
@@ -99,6 +105,11 @@ class _Ranks(_Form):
         batch = iter(self._bpe.encode_ordinary_batch(list(chain.from_iterable(parts)), num_threads=_num_cores()))
         return [[i for ids in islice(batch, len(own)) for i in ids] for own in parts]
 
+    def to_json(self, bos: str) -> dict[str, Any]:
+        from puna.llama.tokenizer_json import from_ranks
+
+        return from_ranks(self.ranks, self.special, bos)
+
 
 class _SentencePiece(_Form):
     """A SentencePiece model; control pieces are never matched in text."""
@@ -127,6 +138,11 @@ class _SentencePiece(_Form):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self.model.Encode(list(texts), num_threads=_num_cores())
 
+    def to_json(self, bos: str) -> dict[str, Any]:
+        from puna.llama.tokenizer_json import from_sentencepiece
+
+        return from_sentencepiece(self.model, self.special, bos)
+
 
 class _Json(_Form):
     """A tokenizer.json of Hugging Face tokenizers that holds a BPE, byte-level or with byte fallback."""
@@ -143,6 +159,7 @@ class _Json(_Form):
         if kind != "BPE":
             raise ValueError(f"its model is {kind}; Puna reads BPE")
         self.special = {token["content"]: token["id"] for token in spec["added_tokens"] if token["special"]}
+        self.data = data
         self._keep_control_ids_out(spec["model"])
         self._bpe = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self._bpe.encode_special_tokens = True
@@ -175,12 +192,15 @@ class _Json(_Form):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._bpe.encode_batch_fast(list(texts), add_special_tokens=False)]
 
+    def to_json(self, bos: str) -> dict[str, Any]:
+        return json.loads(self.data)
+
 
 class Tokenizer:
     """Text to ids and back.
 
-    `bos`, `eos`: ids of the control tokens around a document; `stop_ids`: what ends generation; `special`: control token
-    name -> id; `hash`: SHA-256 over the content that decides the ids.
+    `bos`, `eos`: ids of the control tokens around a document; `stop_ids`: what ends generation; `special`: name -> id
+    of each control token; `hash`: SHA-256 over the content that decides the ids.
     """
 
     def __init__(self, form: _Form, files: dict[str, bytes]) -> None:
@@ -247,6 +267,27 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         for name, data in self.files.items():
             (Path(folder) / name).write_bytes(data)
+
+    def to_hf(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json with which `AutoTokenizer` gives the same ids.
+
+        Raises TokenizerError for a SentencePiece model that is not a plain BPE.
+        """
+        names = {i: name for name, i in self.special.items()}
+        try:
+            spec = self.form.to_json(names[self.bos])
+        except ValueError as error:
+            problem = f"This tokenizer cannot be written in Hugging Face form: {error}"
+            raise TokenizerError(problem, "Use the tokenizer of a Llama, or one in tokenizer.json form.") from error
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": names[self.bos],
+            "eos_token": names[self.eos],
+            "clean_up_tokenization_spaces": False,
+        }
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1), "utf-8")
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1), "utf-8")
 
 
 class Detokenizer:
