@@ -455,6 +455,20 @@ def show(loaded: Loaded) -> list[dict[str, Any]]:
     ]
 
 
+def table(loaded: Loaded, help_text: bool = False) -> str:
+    """The records of `show` as aligned text: key, value, unit, layer and, if wanted, what the key means."""
+    columns = ("key", "value", "unit", "layer") + ("help",) * help_text
+    rows = [columns] + [tuple(_toml(row[c]) if c == "value" else row[c] for c in columns) for row in show(loaded)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def catalogue() -> dict[str, int]:
+    """The recipes that ship and the exact parameter counts of their models."""
+    return {name: load(name).recipe.model.num_parameters for name in names()}
+
+
 def dump_toml(recipe: Recipe) -> str:
     """The whole recipe as TOML that `load` reads back to an equal recipe."""
     lines: list[str] = []
