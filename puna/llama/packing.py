@@ -66,7 +66,7 @@ class Stream:
 
     def _enter(self, epoch: int) -> None:
         if epoch != self._epoch:
-            self._order = permute(self.seed, epoch, self.shards.num_documents)
+            self._order = permute(self.seed, epoch, self.shards.num_documents)(np.arange(self.shards.num_documents))
             self._ends = np.cumsum(self.shards.lengths[self._order])
             self._epoch = epoch
 

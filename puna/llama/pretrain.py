@@ -1,0 +1,135 @@
+"""Next-token prediction on token shards."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna.errors import RecipeError
+from puna.llama.config import DataConfig, LlamaConfig
+from puna.llama.hub import build
+from puna.llama.model import Llama
+from puna.llama.packing import Batch, Stream, micro_batches
+from puna.llama.parallel import spread
+from puna.llama.shards import Shards
+from puna.train import mesh
+from puna.train.config import EvalConfig, MeshConfig, ScheduleConfig, TrainConfig
+from puna.train.mesh import Compute, Mesh
+from puna.train.optim import Average, LossScale, make_optimizers
+from puna.train.schedule import Schedule
+from puna.train.task import Cursor, GradientTask
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step: where the run stands before it, its tokens over all ranks, this rank's micro-batches."""
+
+    cursor: Cursor
+    tokens: int
+    batches: Sequence[Batch]
+
+
+class Pretrain(GradientTask):
+    """Trains a Llama from random weights, a function of the seed; documents packed under the document mask."""
+
+    def __init__(
+        self,
+        model: LlamaConfig,
+        data: DataConfig,
+        train: TrainConfig,
+        schedule: ScheduleConfig,
+        sharding: MeshConfig,
+        evaluation: EvalConfig,
+        seed: int,
+        place: Mesh,
+        compute: Compute,
+    ) -> None:
+        self.config, self.data, self.train, self.place, self.compute = model, data, train, place, compute
+        self.evaluation, self.schedule = evaluation, Schedule(schedule, train)
+        self.shards = {split: Shards(data.path, split) for split in ("train", "heldout")}
+        _check_vocabulary(model, self.shards["train"])
+        self.streams = {split: Stream(shards, seed) for split, shards in self.shards.items()}
+        self.model = make_model(model, train, sharding, seed, place, compute)
+        average = schedule.average
+        super().__init__(
+            {"model": self.model},
+            make_optimizers(self.model, train, is_block_matrix=_is_block_matrix),
+            learning_rate=self.schedule.learning_rate,
+            clip=train.clip,
+            loss_scale=LossScale() if compute.dtype == torch.float16 else None,
+            average=None if average == "none" else Average({"model": self.model}, average, schedule.ema_decay),
+            averages=self.schedule.averages,
+        )
+
+    def units(self, cursor: Cursor) -> Iterator[Step]:
+        """Steps until `train.tokens` are consumed."""
+        while cursor.tokens < self.train.tokens:
+            tokens = self.schedule.batch_tokens(cursor.tokens)
+            yield Step(cursor, tokens, self._batches("train", cursor.tokens, tokens, self.schedule.seq_len(cursor.tokens)))
+            cursor = cursor.after(tokens)
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Sum of the cross-entropies (nats) over the batch's targets."""
+        batch = batch.to(self.place.device)
+        return self.model(batch.tokens, batch.targets, mask=batch.mask)
+
+    @torch.no_grad()
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Mean loss (nats a token) over the first `eval.tokens` tokens of the split's stream, with averaged weights if any."""
+        seq_len = self.schedule.seq_len(self.train.tokens)
+        piece = seq_len * self.train.micro_batch * self.place.world_size
+        tokens = max(1, min(self.evaluation.tokens, self.shards[split].num_tokens) // piece) * piece
+        total = torch.zeros((), dtype=torch.float64)
+        weight = 0
+        with self.average.swapped() if self.average else nullcontext():
+            for batch in self._batches(split, 0, tokens, seq_len):
+                total += self.loss_sum(batch).double().cpu()
+                weight += batch.weight
+        loss_sum, count = mesh.agree([float(total), float(weight)])
+        return {"loss": loss_sum / count, "tokens": count}
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the report."""
+        return {
+            "total_tokens": self.train.tokens,
+            "num_parameters": self.config.num_parameters,
+            "flops_per_token": self.config.flops_per_token(self.train.seq_len),
+            "num_train_tokens": self.shards["train"].num_tokens,
+            "num_train_documents": self.shards["train"].num_documents,
+        }
+
+    def _batches(self, split: str, offset: int, tokens: int, seq_len: int) -> list[Batch]:
+        return micro_batches(
+            self.streams[split], offset, batch_tokens=tokens, seq_len=seq_len, micro_batch=self.train.micro_batch,
+            rank=self.place.rank, num_ranks=self.place.world_size, pack=self.data.packing == "packed",
+        )
+
+
+def make_model(
+    config: LlamaConfig, train: TrainConfig, sharding: MeshConfig, seed: int, place: Mesh, compute: Compute
+) -> Llama:
+    """The model with fresh weights: built on meta, spread, then materialised shard by shard and drawn from the seed."""
+    model = build(config)
+    alone = place.world_size == 1 and compute.dtype == torch.float32
+    spread(
+        model, None if alone else place.data_parallel, dtype=compute.dtype, recompute=train.recompute, compile=train.compile,
+        reshard_after_forward=sharding.reshard_after_forward,
+    )
+    model.to_empty(device=place.device)
+    model.init_weights(seed)
+    return model
+
+
+def _is_block_matrix(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim == 2 and ".layers." in name
+
+
+def _check_vocabulary(model: LlamaConfig, shards: Shards) -> None:
+    if shards.vocab_size > model.vocab_size:
+        raise RecipeError(
+            f"model.vocab_size is {model.vocab_size:,} but the tokenizer of {shards.folder} has {shards.vocab_size:,} tokens",
+            f"Set model.vocab_size to {shards.vocab_size} or more.",
+        )
