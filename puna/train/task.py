@@ -1,0 +1,297 @@
+"""What a run does: the contract of a task, and the task that trains modules by gradients."""
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from puna.errors import DataError, NonFinite
+from puna.train import mesh
+from puna.train.optim import Average, LossScale, local, optimizer_tensors, sharded_over
+from puna.train.rows import RowStore
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands; all of it is in every manifest."""
+
+    units: int = 0  # units of work done (a unit is a batch for a language model, a bucket for a graph)
+    tokens: int = 0  # tokens (or edges, rows) consumed over all ranks
+
+    def after(self, tokens: int) -> "Cursor":
+        """The cursor one unit and `tokens` tokens later."""
+        return Cursor(self.units + 1, self.tokens + tokens)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one unit of work came to; the same on every rank."""
+
+    loss: float  # mean over the global weight
+    weight: int  # target tokens (rows, edges) over all ranks
+    tokens: int  # what the cursor advances by
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """State in torch DCP: `get` gives the live tensors by name, which are loaded in place; then `set` is called."""
+
+    get: Callable[[], dict[str, Tensor]]
+    set: Callable[[dict[str, Tensor]], None] = lambda tensors: None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """State in copy-on-write partition files, for tables larger than memory."""
+
+    store: RowStore
+
+
+@dataclass(frozen=True)
+class Json:
+    """Small state in the manifest itself; the same on every rank."""
+
+    get: Callable[[], Any]
+    set: Callable[[Any], None]
+
+
+State = dict[str, Tensors | Rows | Json]
+
+
+class Task(ABC):
+    """Work in units, under the one loop. Every rank calls every method at the same time."""
+
+    @abstractmethod
+    def units(self, cursor: Cursor) -> Iterator[Any]:
+        """The units from `cursor` to the end of the work, a pure function of the cursor; ends the run by ending."""
+
+    @abstractmethod
+    def step(self, unit: Any) -> StepReport:
+        """Do one unit. Random numbers have been seeded for it."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """Everything that a resumed run needs and that is not a function of the cursor, by name."""
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Figures on a split that is not trained on; none by default."""
+        return {}
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the start record and the bar; the loop knows `total_tokens` and `flops_per_token`."""
+        return {}
+
+
+class Batch(Protocol):
+    """A micro-batch of one rank."""
+
+    @property
+    def weight(self) -> int: ...  # target tokens: what the loss sum is a sum over
+    @property
+    def ids(self) -> Sequence[Any]: ...  # names of the samples, for error reports
+
+
+class GradientUnit(Protocol):
+    """One optimiser step: where the run stands before it, what all ranks consume, this rank's micro-batches."""
+
+    @property
+    def cursor(self) -> Cursor: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def batches(self) -> Sequence[Any]: ...  # of Batch; as many on every rank, at least one
+
+
+class GradientTask(Task):
+    """Trains modules: counts targets over ranks and micro-batches first, accumulates, votes on finiteness, steps.
+
+    `modules` and `optimizers` are named; a name is also that of the state in a checkpoint (optimisers: "optim.NAME").
+    Parameters are float32 (or float64) so that gradients accumulate in it; lower precision is the model's affair
+    (autocast, or FSDP2's MixedPrecisionPolicy with reduce_dtype float32). Modules may be FSDP2 modules; gradients of
+    plain ones are averaged over the ranks. A module without gradients in a step (another phase) is not stepped.
+
+    learning_rate: multiplier of every group's own rate, from consumed tokens; asked at the middle of the step.
+    average_from: whether weights are averaged after a step that ends at these tokens.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        *,
+        learning_rate: Callable[[float], float] = lambda tokens: 1.0,
+        clip: float = 0.0,
+        loss_scale: LossScale | None = None,
+        average: Average | None = None,
+        averages: Callable[[int], bool] = lambda tokens: True,
+    ) -> None:
+        self.modules, self.optimizers = dict(modules), dict(optimizers)
+        self.learning_rate, self.clip = learning_rate, clip
+        self.loss_scale, self.average, self.averages = loss_scale, average, averages
+        self._names = {p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()}
+        self._groups = [(group, group["lr"]) for opt in optimizers.values() for group in opt.param_groups]
+        self._parameters = [p for group, _ in self._groups for p in group["params"] if p.requires_grad]
+        for parameter in self._parameters:
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"{self._names[parameter]} is {parameter.dtype}; trained parameters are kept in float32"
+                )
+
+    @abstractmethod
+    def loss_sum(self, batch: Any) -> Tensor:
+        """Sum (not mean) of the losses over the batch's `weight` targets, a scalar with a graph."""
+
+    def step(self, unit: GradientUnit) -> StepReport:
+        """One optimiser step. Raises DataError (no targets) and NonFinite; neither changes a weight."""
+        weight = self._global_weight(unit)
+        lr = self._set_learning_rate(unit.cursor.tokens + unit.tokens / 2)
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
+        losses = self.accumulate(unit, scale * mesh.world_size() / weight)
+        loss_sum, norm = self._vote(unit, losses, scale)
+        if math.isfinite(norm):
+            self._update(norm, scale, unit.cursor.tokens + unit.tokens)
+        self._zero_grad()
+        metrics = {"lr": lr} | ({"grad_norm": norm} if math.isfinite(norm) else {"skipped": 1.0})
+        if self.loss_scale:
+            self.loss_scale.update(math.isfinite(norm))
+            metrics["loss_scale"] = scale
+        return StepReport(loss_sum / weight, weight, unit.tokens, metrics)
+
+    def accumulate(self, unit: GradientUnit, factor: float) -> list[Tensor]:
+        """Forward and backward of every micro-batch; gradients of sum x factor, reduced in the last one only.
+
+        FSDP2 and `_average_plain_gradients` average over ranks, hence the number of ranks in the factor.
+        """
+        losses = []
+        for i, batch in enumerate(unit.batches):
+            self._reduce_gradients(last=i + 1 == len(unit.batches))
+            loss = self.loss_sum(batch)
+            losses.append(loss.detach())
+            (loss * factor).backward()
+        self._average_plain_gradients()
+        return losses
+
+    def state(self) -> State:
+        """Modules, optimisers, and where there are any the loss scale and the averaged weights."""
+        state: State = {name: Tensors(partial(module_tensors, m)) for name, m in self.modules.items()}
+        for name, optimizer in self.optimizers.items():
+            state[f"optim.{name}"] = Tensors(partial(optimizer_tensors, optimizer, self._names))
+        if self.loss_scale:
+            state["loss_scale"] = Json(self.loss_scale.state, self.loss_scale.restore)
+        if self.average:
+            state["average"] = Tensors(self.average.tensors)
+            state["average.count"] = Json(self.average.state, self.average.restore)
+        return state
+
+    def _global_weight(self, unit: GradientUnit) -> int:
+        (weight,) = mesh.agree([sum(batch.weight for batch in unit.batches)])
+        if not weight:
+            ids = [i for ids in mesh.gather(_ids(unit.batches)) for i in ids]
+            raise DataError(
+                f"step {unit.cursor.units + 1} has no target token: samples {_few(ids)}",
+                "Every token of these samples is masked; check the data or the loss mask.",
+            )
+        return int(weight)
+
+    def _set_learning_rate(self, tokens: float) -> float:
+        multiplier = self.learning_rate(tokens)
+        for group, peak in self._groups:
+            group["lr"] = peak * multiplier
+        return self._groups[0][0]["lr"]
+
+    def _reduce_gradients(self, last: bool) -> None:
+        for module in self.modules.values():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(last)
+                module.set_is_last_backward(last)
+
+    def _average_plain_gradients(self) -> None:
+        plain = [p.grad for p in self._parameters if p.grad is not None and not isinstance(p, DTensor)]
+        if mesh.world_size() == 1 or not plain:
+            return
+        flat = torch.cat([grad.reshape(-1) for grad in plain])
+        dist.all_reduce(flat)
+        flat /= mesh.world_size()
+        for grad, piece in zip(plain, flat.split([grad.numel() for grad in plain]), strict=True):
+            grad.copy_(piece.view_as(grad))
+
+    @torch.no_grad()
+    def _vote(self, unit: GradientUnit, losses: list[Tensor], scale: float) -> tuple[float, float]:
+        """Loss sum over ranks and global gradient norm, by one all-reduce; NonFinite on every rank if one is not finite.
+
+        With a loss scale a gradient that is not finite is an overflow, and its norm is returned.
+        """
+        trained = [p for p in self._parameters if p.grad is not None]
+        norms = torch._foreach_norm([local(p.grad) for p in trained])
+        shares = [math.sqrt(sharded_over(p) / mesh.world_size()) for p in trained]
+        squares = torch.stack(torch._foreach_mul(norms, shares)).double().square().sum()
+        totals = torch.stack([torch.stack(losses).double().sum(), squares])
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        loss_sum, square = totals.tolist()
+        norm = math.sqrt(square) / scale if square >= 0 else math.nan
+        overflow = self.loss_scale is not None and self.loss_scale.can_fall
+        if not math.isfinite(loss_sum) or not (math.isfinite(norm) or overflow):
+            raise NonFinite(self._blame(unit, losses))
+        return loss_sum, norm
+
+    def _blame(self, unit: GradientUnit, losses: list[Tensor]) -> str:
+        bad = [batch for batch, loss in zip(unit.batches, losses, strict=True) if not loss.isfinite()]
+        tensors = (p for p in self._parameters if p.grad is not None and not local(p.grad).isfinite().all())
+        name = next((f"the gradient of {self._names[p]}" for p in tensors), None)
+        reports = mesh.gather((bool(bad), "the loss" if bad else name, _ids(bad or unit.batches)))
+        any_loss = any(loss for loss, _, _ in reports)
+        told = [(r, what, ids) for r, (loss, what, ids) in enumerate(reports) if (loss if any_loss else what)]
+        where = "; ".join(f"rank {r}: {what}, samples {_few(ids)}" for r, what, ids in told)
+        return f"step {unit.cursor.units + 1} is not finite and was not taken; no weight changed. {where}"
+
+    @torch.no_grad()
+    def _update(self, norm: float, scale: float, tokens: int) -> None:
+        factor = (min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0) / scale
+        if factor != 1.0:
+            torch._foreach_mul_([local(p.grad) for p in self._parameters if p.grad is not None], factor)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        if self.average and self.averages(tokens):
+            self.average.update()
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters (a tied one once) and persistent buffers by name: what a checkpoint holds of a module."""
+    kept = module.state_dict(keep_vars=True)
+    tensors = {name: p.detach() for name, p in module.named_parameters()}
+    return tensors | {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+def seed_step(seed: int, unit_index: int, rank: int) -> None:
+    """Seed torch, NumPy and random as a function of (seed, unit, rank), so that no generator's state needs saving."""
+    digest = blake2b(f"{seed}/{unit_index}/{rank}".encode(), digest_size=8).digest()
+    number = int.from_bytes(digest, "little") >> 1
+    torch.manual_seed(number)
+    np.random.seed(number & 0xFFFFFFFF)
+    random.seed(number)
+
+
+def _ids(batches: Sequence[Batch]) -> list[Any]:
+    return [i for batch in batches for i in batch.ids]
+
+
+def _few(ids: list[Any], limit: int = 8) -> str:
+    return ", ".join(map(str, ids[:limit])) + (f" and {len(ids) - limit} more" if len(ids) > limit else "")
