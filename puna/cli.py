@@ -17,7 +17,7 @@ EXTRAS = {
     "train": ("torch", "safetensors", "tiktoken", "sentencepiece", "tensorboard", "matplotlib", "psutil"),
     "data": ("tokenizers", "datasketch"),
     "serve": ("fastapi", "uvicorn"),
-    "dev": ("transformers", "openai"),
+    "demo": ("transformers", "openai"),
 }
 
 as_json = click.option(
@@ -94,7 +94,9 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
 @click.option("--dir", "directory", default="runs/demo", show_default=True, type=click.Path(path_type=Path))
 @as_json
 def demo(minutes: float, directory: Path, as_json: bool) -> None:
-    """The main job end to end on this machine: files, tokenizer, training, evaluation, export, answers, report.
+    """The main job, end to end on this machine.
+
+    Files, tokenizer, training, evaluation, export, answers, report.
 
     \b
     Example:  puna demo --minutes 30 --dir runs/long
@@ -178,7 +180,10 @@ def corpus_tokenize(folder: Path, tokenizer: Path, out: Path, as_json: bool) -> 
 @settings
 @as_json
 def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Train by a recipe: a name from `puna recipe list`, a TOML file, or a run directory; resumes where one stands.
+    """Train by a recipe; resumes where the run directory stands.
+
+    RECIPE is a name from `puna recipe list`, a TOML file, or a run directory; `puna recipe reference` lists what a
+    flag may set.
 
     \b
     Example:  puna train demo --run.dir runs/mine --data.path shards --train.lr 1e-3
@@ -196,7 +201,7 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--baselines/--no-baselines", default=True, show_default=True, help="Also gzip, xz and a 5-gram model.")
 @as_json
 def evaluate(path: Path, data: Path | None, step: int | None, baselines: bool, as_json: bool) -> None:
-    """Bits per byte of a run directory or a Hugging Face folder on held-out text.
+    """Bits per byte on held-out text, of a run directory or a Hugging Face folder.
 
     \b
     Example:  puna eval runs/mine --json
@@ -232,7 +237,9 @@ def export(run: Path, form: str, out: Path, step: int | None, dtype: str | None,
 @puna.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> None:
-    """Write RUN/report.html, one self-contained page, and print its path.
+    """Write RUN/report.html and print its path.
+
+    The page is self-contained: it can be mailed.
 
     \b
     Example:  puna report runs/mine
@@ -253,7 +260,9 @@ def report(run: Path) -> None:
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--name", help="Name of the model in /v1/models; the folder's where not given.")
 def serve(path: Path, host: str, port: int, name: str | None) -> None:
-    """Serve a run directory or a Hugging Face folder: OpenAI-compatible, with a chat page at /.
+    """Answer over HTTP, OpenAI-compatible.
+
+    Serves a run directory or a Hugging Face folder, with a chat page at /.
 
     \b
     Example:  puna serve runs/mine --port 8000
