@@ -32,8 +32,8 @@ class _TokenLossSum(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
-        for rows in torch.arange(len(targets)).split(chunk):
-            span = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(targets), chunk):
+            span = slice(start, start + chunk)
             logits = (hidden[span] @ weight.T).to(exact)
             picked = targets[span, None]
             torch.log_softmax(logits, dim=-1, out=logits)

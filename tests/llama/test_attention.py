@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from puna.llama.attention import Mask, by_document, sdpa, segment_lengths
+
+DOCUMENTS = torch.tensor([[4, 4, 4, 5, 5, 6, 6, 6, 6, 6], [1, 1, 1, 1, 1, 1, 1, 1, 2, 9]])
+
+
+def heads(num_heads=4, num_kv_heads=2, dtype=torch.float64):
+    shapes = ((2, 10, num_heads, 8), (2, 10, num_kv_heads, 8), (2, 10, num_kv_heads, 8))
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def by_hand(query, key, value, seen):
+    """Softmax attention written out, query head h on key head h // (H / K)."""
+    group = query.shape[2] // key.shape[2]
+    key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, value)
+
+
+def rule(mask, rows=2, length=10):
+    """The rules of a mask, pair by pair."""
+    seen = torch.zeros(rows, 1, length, length, dtype=torch.bool)
+    for row in range(rows):
+        for q in range(length):
+            for k in range(length):
+                in_prefix = mask.prefix is not None and max(q, k) < mask.prefix[row]
+                same = mask.documents is None or bool(mask.documents[row, q] == mask.documents[row, k])
+                seen[row, 0, q, k] = same and (not mask.causal or k <= q or in_prefix)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(),
+        Mask(causal=False),
+        Mask(documents=DOCUMENTS),
+        Mask(documents=DOCUMENTS, causal=False),
+        Mask(prefix=torch.tensor([3, 0])),
+        Mask(prefix=torch.tensor([4, 10]), documents=DOCUMENTS),
+    ],
+    ids=["causal", "all", "documents", "documents-all", "prefix", "prefix-documents"],
+)
+def test_every_mask_equals_attention_written_out_with_gradients(mask):
+    inputs = heads()
+    grad = torch.randn_like(inputs[0])
+    mixed = mask.attend(10, torch.device("cpu"))(0, *inputs)
+    wanted = by_hand(*inputs, rule(mask))
+    torch.testing.assert_close(mixed, wanted)
+    gradients = torch.autograd.grad(mixed, inputs, grad)
+    torch.testing.assert_close(gradients, torch.autograd.grad(wanted, inputs, grad))
+
+
+def test_by_document_equals_the_explicit_mask():
+    inputs = heads()
+    explicit = sdpa(*inputs, seen=Mask(documents=DOCUMENTS).visible(torch.arange(10)[None], 10))
+    torch.testing.assert_close(by_document(segment_lengths(DOCUMENTS))(0, *inputs), explicit)
+
+
+def test_segments_end_at_rows_even_if_ids_go_on():
+    assert segment_lengths(torch.tensor([[0, 0, 1], [1, 1, 1]])) == [2, 1, 3]
+    assert segment_lengths(DOCUMENTS) == [3, 2, 5, 8, 1, 1]
+
+
+def test_queries_at_their_own_positions_see_keys_up_to_them():
+    seen = Mask().visible(torch.tensor([[2], [0]]), 4)
+    assert seen.flatten(1).tolist() == [[True, True, True, False], [True, False, False, False]]
