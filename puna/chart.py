@@ -84,13 +84,13 @@ def chart(
     )
 
 
-def bars(rows: Sequence[tuple[str, float, str]]) -> str:
-    """Horizontal bars from rows (name, value, css class)."""
-    longest = max(value for _, value, _ in rows)
+def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
+    """Horizontal bars from rows (name, value, the value in words, css class)."""
+    longest = max(value for _, value, _, _ in rows)
     return "".join(
         f'<div class="bar {css}"><span>{escape(name)}</span>'
-        f'<div><b style="width:{100 * value / longest:.1f}%"></b></div><em>{value:.3f}</em></div>'
-        for name, value, css in rows
+        f'<div><b style="width:{100 * value / longest:.1f}%"></b></div><em>{escape(words)}</em></div>'
+        for name, value, words, css in rows
     )
 
 
@@ -189,7 +189,7 @@ def _rule(y: float, width: int, name: str) -> str:
 
 def _mark(x: float, height: int, name: str) -> str:
     line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>'
-    return line + _word(x + 5, TOP + 9, name, "start")
+    return line + _word(x + 5, TOP + 13, name, "start")
 
 
 def _word(x: float, y: float, name: str, anchor: str = "middle") -> str:

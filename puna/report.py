@@ -264,8 +264,18 @@ def bits(records: Records) -> str:
     rows += [(name, value, "") for name, value in baselines if value is not None]
     size = number(known, "num_bytes")
     text_size = "held-out text" if size is None else f"{scaled(size, 'B')} of held-out text"
-    note = f'<p class="note">Bits it takes to write a byte of {text_size}. Lower is better.</p>'
-    return bars(sorted(rows, key=lambda row: -row[1])) + note
+    note = (
+        f'<p class="note">Bits it takes to write a byte of {text_size}, and the share of its size. Lower is better.</p>'
+    )
+    return (
+        bars(
+            [
+                (name, value, f"{value:.3f} · {100 * value / 8:.1f} %", css)
+                for name, value, css in sorted(rows, key=lambda row: -row[1])
+            ]
+        )
+        + note
+    )
 
 
 @panel("Tokens per second")
@@ -389,9 +399,13 @@ def data(records: Records) -> str:
     if not isinstance(splits, dict):
         return absent("The token shards that the recipe names (data.path) are not at hand.")
     counts = ("num_documents", "num_tokens", "num_bytes")
-    rows = [(escape(name), *(text(facts.get(key)) for key in counts)) for name, facts in splits.items()]
+    rows = [(escape(name), *(_count(facts.get(key)) for key in counts)) for name, facts in splits.items()]
     other = {key: value for key, value in records.shards.items() if key not in ("splits", "files")}
     return table(("split", "documents", "tokens", "bytes"), rows, "figures") + details("The manifest", pairs(other))
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else text(value)
 
 
 @panel("Versions and machine")

@@ -91,7 +91,7 @@ def bits_per_byte(
     """Score the documents of `shards` with `model`, on the device where its parameters are.
 
     context: tokens of one forward. stride: tokens a window advances, 1 to context. batch_tokens: tokens of one forward
-    over all rows, padding included. limit_tokens: stop after the document that reaches it. Returns bits_per_byte (of the
+    over all rows, padding included. limit_tokens: stop after the document that reaches it. Returns bits_per_byte (of
     UTF-8 text), nats_per_token, num_tokens (scored), num_bytes, num_documents, context, stride. Raises DataError where
     the stride does not fit the context.
     """

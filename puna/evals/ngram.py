@@ -34,7 +34,7 @@ class _Level:
         return np.where(self.keys[rank] == keys, rank, -1)
 
     def mix(self, keys: Ints, contexts: Ints, lower: Floats) -> tuple[Floats, Ints]:
-        """p(w | h) from `lower` = p(w | h'), and the rank of each n-gram; rank -1 is unseen, and as a context changes nothing."""
+        """p(w | h) from `lower` = p(w | h'), and the rank of each n-gram. Rank -1: unseen; as a context, no change."""
         rank = np.where(contexts >= 0, self.find(keys), -1)
         count = np.where(rank >= 0, self.counts[rank], 0)
         distinct, total = self.distinct[contexts], self.total[contexts]

@@ -2,16 +2,16 @@
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Bpe
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from puna.llama.shards import ShardWriter
 from puna.llama.tokenizer import Tokenizer
 
-WORDS = "def return self import os path α größer 你好 lambda yield\n    for in range".split(" ")
+WORDS = ("def", "return", "self", "import", "os", "path", "α", "größer", "你好", "yield\n   ", "for", "in", "range")
 
 
 def documents(seed: int, lengths: list[int]) -> list[str]:
@@ -37,6 +37,12 @@ def write_tokenizer(file: Path, vocab_size: int) -> Tokenizer:
     bpe.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in specials])
     bpe.save(str(file))
     return Tokenizer.load(file)
+
+
+@pytest.fixture(scope="session")
+def kit() -> SimpleNamespace:
+    """The texts behind the shards, and the maker of tokenizers."""
+    return SimpleNamespace(train=TRAIN, heldout=HELDOUT, write_tokenizer=write_tokenizer)
 
 
 @pytest.fixture(scope="session")
