@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from puna import __version__
 from puna.errors import PunaError
 
 EXTRAS = {
-    "train": ("torch", "safetensors", "tiktoken", "sentencepiece", "tensorboard", "matplotlib", "psutil"),
-    "data": ("tokenizers", "datasketch"),
+    "train": ("torch", "safetensors", "tiktoken", "sentencepiece", "tokenizers", "tensorboard", "matplotlib", "psutil"),
     "serve": ("fastapi", "uvicorn"),
     "demo": ("transformers", "openai"),
 }
@@ -80,10 +80,18 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(result))
         return
-    width = max(map(len, result), default=0)
-    for key, value in result.items():
-        shown = json.dumps(value) if isinstance(value, dict | list) else value
-        click.echo(f"{key:<{width}}  {shown}")
+    rows = dict(_dotted(result))
+    width = max(map(len, rows), default=0)
+    for key, value in rows.items():
+        click.echo(f"{key:<{width}}  {value}")
+
+
+def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 # --- the main job ---------------------------------------------------------------------------------------------------
@@ -115,22 +123,24 @@ def corpus() -> None:
 
     \b
     Example:  puna corpus build --source notes/ --out corpus
-              puna corpus tokenizer corpus --vocab-size 8192 --out tokenizer
-              puna corpus tokenize corpus --tokenizer tokenizer --out shards
+              puna corpus tokenizer corpus --vocab-size 8192 --out tokenizer.json
+              puna corpus tokenize corpus --tokenizer tokenizer.json --out shards
     """
 
 
 @corpus.command("build")
 @click.option("--source", required=True, help="A file or folder of text, or `stdlib`: this Python's own library.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
-@click.option("--heldout", default=0.05, show_default=True, help="Share of the documents kept for evaluation.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--heldout", default=0.05, show_default=True, help="Share of the bytes kept for evaluation.")
 @click.option(
-    "--near", default=0.8, show_default=True, help="Jaccard similarity from which two documents are the same."
+    "--near", default=0.8, show_default=True, help="Jaccard similarity of near duplicates; 0: only exact ones."
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the split and of the MinHash permutations.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the split.")
 @as_json
 def corpus_build(source: str, out: Path, heldout: float, near: float, seed: int, as_json: bool) -> None:
-    """Read, filter, deduplicate and split documents into train and held-out.
+    """Read, filter, deduplicate and split documents.
+
+    The split is into train and held-out, with nothing close to a held-out document in train.
 
     \b
     Example:  puna corpus build --source stdlib --out corpus
@@ -143,13 +153,15 @@ def corpus_build(source: str, out: Path, heldout: float, near: float, seed: int,
 @corpus.command("tokenizer")
 @click.argument("folder", metavar="CORPUS", type=click.Path(path_type=Path))
 @click.option("--vocab-size", required=True, type=int, help="Tokens, the 256 special ones included.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Tokenizer to write.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @as_json
 def corpus_tokenizer(folder: Path, vocab_size: int, out: Path, as_json: bool) -> None:
-    """Train a byte-level BPE tokenizer with Llama 3's pattern and special tokens.
+    """Train a byte-level BPE tokenizer.
+
+    It has Llama 3's pattern and special tokens.
 
     \b
-    Example:  puna corpus tokenizer corpus --vocab-size 4096 --out tokenizer
+    Example:  puna corpus tokenizer corpus --vocab-size 4096 --out tokenizer.json
     """
     from puna.corpus.bpe import train_tokenizer
 
@@ -165,7 +177,7 @@ def corpus_tokenize(folder: Path, tokenizer: Path, out: Path, as_json: bool) -> 
     """Write a corpus as memory-mapped token shards.
 
     \b
-    Example:  puna corpus tokenize corpus --tokenizer tokenizer --out shards
+    Example:  puna corpus tokenize corpus --tokenizer tokenizer.json --out shards
     """
     from puna.corpus.tokenize import tokenize_corpus
 
@@ -189,9 +201,11 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     Example:  puna train demo --run.dir runs/mine --data.path shards --train.lr 1e-3
     """
     from puna.recipe import load
+
+    loaded = load(recipe, overrides)  # before the slow import: a mistake is told at once
     from puna.run import train
 
-    _print(train(load(recipe, overrides)), as_json)
+    _print(train(loaded), as_json)
 
 
 @puna.command("eval")
@@ -201,12 +215,14 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.option("--baselines/--no-baselines", default=True, show_default=True, help="Also gzip, xz and a 5-gram model.")
 @as_json
 def evaluate(path: Path, data: Path | None, step: int | None, baselines: bool, as_json: bool) -> None:
-    """Bits per byte on held-out text, of a run directory or a Hugging Face folder.
+    """Bits per byte on held-out text.
+
+    PATH is a run directory or a Hugging Face folder.
 
     \b
     Example:  puna eval runs/mine --json
     """
-    from puna.evals.evaluate import evaluate
+    from puna.evals.suite import evaluate
 
     _print(evaluate(path, data, step, baselines), as_json)
 
@@ -231,7 +247,7 @@ def export(run: Path, form: str, out: Path, step: int | None, dtype: str | None,
     """
     from puna.run import export
 
-    _print(export(run, out, step=step, dtype=dtype, check=check), as_json)
+    _print(export(run, out, step, dtype, check), as_json)
 
 
 @puna.command()
@@ -269,7 +285,7 @@ def serve(path: Path, host: str, port: int, name: str | None) -> None:
     """
     from puna.serve.api.server import serve
 
-    serve(path, host=host, port=port, name=name)
+    serve(path, host, port, name)
 
 
 @puna.command()
@@ -285,11 +301,13 @@ def generate(path: Path, prompt: str, max_tokens: int, temperature: float, top_p
     \b
     Example:  puna generate runs/mine --prompt "import os" --temperature 0
     """
+    from puna.engine.load import load
     from puna.engine.params import SamplingParams
-    from puna.run import generate
 
-    for text in generate(path, prompt, SamplingParams(max_tokens, temperature, top_p, seed)):
-        click.echo(text, nl=False)
+    generator = load(path)
+    tokens = generator.tokenizer.encode(prompt, bos=True)
+    for delta in generator.stream([tokens], params=SamplingParams(max_tokens, temperature, top_p, seed)):
+        click.echo(delta.text, nl=False)
     click.echo()
 
 
