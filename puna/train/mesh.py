@@ -22,19 +22,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this process stands. `devices` is None for a single process, which has no process group."""
+    """Where this process stands among the others."""
 
     device: torch.device
     rank: int
     world_size: int
     sizes: dict[str, int]
-    devices: DeviceMesh | None
+    devices: DeviceMesh
 
     @property
-    def data_parallel(self) -> DeviceMesh | None:
+    def data_parallel(self) -> DeviceMesh:
         """What `fully_shard` takes: (dp_shard,), or (dp_replicate, dp_shard) for hybrid sharding."""
-        if self.devices is None:
-            return None
         return self.devices["dp_replicate", "dp_shard"] if self.sizes["dp_replicate"] > 1 else self.devices["dp_shard"]
 
     def __str__(self) -> str:
@@ -43,7 +41,7 @@ class Mesh:
 
 @contextmanager
 def open_mesh(run: RunConfig, config: MeshConfig) -> Iterator[Mesh]:
-    """Join the processes that the launcher (or torchrun) started; without one, be a single process without a group.
+    """Join the processes that the launcher (or torchrun) started; without one, be a group of one.
 
     Raises DeviceError (no such device), RecipeError (axes do not multiply to the world size).
     """
@@ -52,9 +50,6 @@ def open_mesh(run: RunConfig, config: MeshConfig) -> Iterator[Mesh]:
     device = choose_device(run.device)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
-    if size == 1:
-        yield Mesh(device, 0, 1, sizes, None)
-        return
     join_group(rank, size, device)
     yield Mesh(device, rank, size, sizes, init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES))
     dist.destroy_process_group()
@@ -91,7 +86,7 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 def join_group(rank: int, world_size: int, device: torch.device) -> None:
     """Default process group: gloo for CPU tensors, and NCCL for CUDA tensors where the device is CUDA."""
     path = os.environ.get("PUNA_STORE")
-    store = dist.FileStore(path, world_size) if path else None
+    store = dist.FileStore(path, world_size) if path else dist.HashStore() if world_size == 1 else None
     cuda = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device if cuda else None)

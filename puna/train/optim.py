@@ -136,7 +136,7 @@ def _shard_rows(rows: int, ranks: int) -> list[int]:
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32, num_steps: int = 5) -> Tensor:
-    """Near-orthogonal factor of a (rows, columns) matrix: quintic Newton-Schulz, singular values in about 0.7 to 1.2."""
+    """Near-orthogonal factor of a (rows, columns) matrix: quintic Newton-Schulz, singular values about 0.7 to 1.2."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[0] > matrix.shape[1]
     x = (matrix.T if tall else matrix).to(dtype)

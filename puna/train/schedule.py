@@ -23,7 +23,7 @@ class Schedule:
         self._decay_start = max(config.warmup_tokens, round(config.decay_start * train.tokens))
 
     def learning_rate(self, tokens: float) -> float:
-        """Multiplier of the peak rate: linear warm-up, hold, then cosine or linear to `final_ratio` (Llama 3 §3.4.1)."""
+        """Multiplier of the peak rate: linear warm-up, hold, cosine or linear to `final_ratio` (Llama 3 §3.4.1)."""
         if tokens < self.config.warmup_tokens:
             return tokens / self.config.warmup_tokens
         if tokens <= self._decay_start or self.config.decay == "constant":

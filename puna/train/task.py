@@ -230,7 +230,7 @@ class GradientTask(Task):
 
     @torch.no_grad()
     def _vote(self, unit: GradientUnit, losses: list[Tensor], scale: float) -> tuple[float, float]:
-        """Loss sum over ranks and global gradient norm, by one all-reduce; NonFinite on every rank if one is not finite.
+        """Loss sum over ranks and global gradient norm, by one all-reduce; NonFinite on all ranks if one is not finite.
 
         With a loss scale a gradient that is not finite is an overflow, and its norm is returned.
         """

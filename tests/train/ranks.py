@@ -1,0 +1,64 @@
+"""Four processes with one process group, started once a session; they run functions that are named by file and name."""
+
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+SIZE = 4
+
+
+class Ranks:
+    """`ranks(function, *arguments)` runs it on every rank and returns the results by rank."""
+
+    def __init__(self, folder: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["puna.train.checkpoint"])
+        self.ends, self.processes = [], []
+        for rank in range(SIZE):
+            here, there = context.Pipe()
+            process = context.Process(target=serve, args=(there, rank, str(folder / "store")), daemon=True)
+            process.start()
+            self.ends.append(here)
+            self.processes.append(process)
+
+    def __call__(self, function: Any, *arguments: Any) -> list[Any]:
+        for end in self.ends:
+            end.send((inspect.getsourcefile(function), function.__name__, arguments))
+        answers = [end.recv() for end in self.ends]
+        for rank, (failed, answer) in enumerate(answers):
+            assert not failed, f"rank {rank}: {answer}"
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for end in self.ends:
+            end.send(None)
+        for process in self.processes:
+            process.join(10)
+
+
+def serve(end: Connection, rank: int, store: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "PUNA_STORE": store}
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+
+    from puna.train import mesh
+
+    torch.set_num_threads(1)
+    mesh.join_group(rank, SIZE, torch.device("cpu"))
+    modules: dict[str, Any] = {}
+    while job := end.recv():
+        file, name, arguments = job
+        try:
+            if file not in modules:
+                spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+                modules[file] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(modules[file])
+            end.send((False, getattr(modules[file], name)(*arguments)))
+        except BaseException:
+            end.send((True, traceback.format_exc()))
+    torch.distributed.destroy_process_group()
