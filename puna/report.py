@@ -39,15 +39,16 @@ def escape(value: object) -> str:
 class Records:
     """What a run directory holds, as read.
 
-    events: every record in order. steps: one record a step, the last where a step was lost to a kill and done again.
-    redone: (first, last) record of each such step. recipe: dotted key -> {value, layer}. problems: sentences about what
-    could not be read. A file that is not there is an empty dictionary.
+    events: every record in order. steps: one record a step, the last where a step was lost to a kill and done again (a
+    resume takes back what came after the step it resumed from). redone: all records of each step done more than once.
+    recipe: dotted key -> {value, layer}. problems: sentences about what could not be read. A file that is not there is
+    an empty dictionary.
     """
 
     folder: Path
     events: list[Event] = field(default_factory=list)
     steps: list[Event] = field(default_factory=list)
-    redone: list[tuple[Event, Event]] = field(default_factory=list)
+    redone: list[list[Event]] = field(default_factory=list)
     recipe: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
@@ -78,7 +79,7 @@ def read(run: Path) -> Records:
     problems: list[str] = []
     events = _read_events(run / "events.jsonl", problems)
     files = {name: _read_object(run / f"{name}.json", problems) for name in ("recipe", "versions", "model", "summary")}
-    steps, redone = _last_of_each([event for event in events if event["event"] == "step"])
+    steps, redone = _by_step(events)
     named = Records(run, recipe=files["recipe"]).setting("data.path")
     shards = _read_object(Path(named) / "shards.json", problems) if isinstance(named, str) else {}
     return Records(run, events, steps, redone, **files, shards=shards, problems=problems)
@@ -118,14 +119,18 @@ def _read_object(path: Path, problems: list[str]) -> dict[str, Any]:
     return found
 
 
-def _last_of_each(steps: list[Event]) -> tuple[list[Event], list[tuple[Event, Event]]]:
-    first: dict[int, Event] = {}
+def _by_step(events: list[Event]) -> tuple[list[Event], list[list[Event]]]:
+    """The step records that count, and all records of the steps that have several."""
+    attempts: dict[int, list[Event]] = {}
     last: dict[int, Event] = {}
-    for event in steps:
-        if isinstance(event.get("step"), int):
-            first.setdefault(event["step"], event)
-            last[event["step"]] = event
-    return [last[n] for n in sorted(last)], [(first[n], last[n]) for n in sorted(last) if first[n] is not last[n]]
+    for event in events:
+        step = event.get("step")
+        if event["event"] == "resume" and isinstance(step, int):
+            last = {n: kept for n, kept in last.items() if n <= step}
+        elif event["event"] == "step" and isinstance(step, int):
+            attempts.setdefault(step, []).append(event)
+            last[step] = event
+    return [last[n] for n in sorted(last)], [attempts[n] for n in sorted(attempts) if len(attempts[n]) > 1]
 
 
 def number(event: Event, key: str) -> float | None:
@@ -147,7 +152,8 @@ def points(events: Iterable[Event], key: str, scale: float = 1.0) -> list[Point]
 
 def plural(count: int, noun: str) -> str:
     """1 step, 2,000 steps."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
+    return f"{count:,} {noun}{ending}"
 
 
 def duration(seconds: float) -> str:
@@ -292,10 +298,10 @@ def mfu(records: Records) -> str:
     share = records.series("mfu", 100)
     if not share:
         return absent("Not recorded; it needs the machine's peak matrix rate.")
-    flops, peak = records.fact("flops_per_token"), records.fact("peak_flops")
-    formula = "MFU = tokens per second × FLOPs per token ÷ peak FLOP/s"
-    if flops and peak:
-        formula += f"; here {scaled(flops, 'FLOP')} a token and {scaled(peak, 'FLOP/s')}."
+    flops, peak, processes = (records.fact(key) for key in ("flops_per_token", "peak_flops", "world_size"))
+    formula = "MFU = tokens per second × FLOPs per token ÷ (processes × peak FLOP/s of one)"
+    if flops and peak and processes:
+        formula += f"; here {scaled(flops, 'FLOP')}, {plural(processes, 'process')}, {scaled(peak, 'FLOP/s')}"
     return chart([Line("MFU", share)], unit="% of peak") + f'<p class="note">{escape(formula)}</p>'
 
 
@@ -323,10 +329,10 @@ def memory(records: Records) -> str:
 
 @panel("Data wait")
 def data_wait(records: Records) -> str:
-    """Share of each step spent waiting for data."""
+    """Share of the time spent waiting for data, step by step."""
     waits, steps = dict(records.series("data_wait_s")), dict(records.series("step_s"))
-    share = [(x, 100 * waits[x] / steps[x]) for x in waits if steps.get(x)]
-    return chart([Line("waiting", share)], unit="% of the step")
+    share = [(x, 100 * wait / (wait + steps[x])) for x, wait in waits.items() if steps.get(x)]
+    return chart([Line("waiting", share)], unit="% of the time")
 
 
 @panel("Resumes", wide=True)
@@ -335,18 +341,20 @@ def resumes(records: Records) -> str:
     places = [text(event.get("step", "?")) for event in records.of("resume")]
     if not places:
         return absent("The run was never interrupted.")
-    twice = [(last["step"], number(first, "loss"), number(last, "loss")) for first, last in records.redone]
-    losses = [(step, a, b) for step, a, b in twice if a is not None and b is not None]
+    attempts = [
+        (events[0]["step"], [x for e in events if (x := number(e, "loss")) is not None]) for events in records.redone
+    ]
+    spreads = [(step, losses[0], losses[-1], max(losses) - min(losses)) for step, losses in attempts if losses]
     taken_up = f"Taken up again from step {', '.join(places)}."
-    if not losses:
+    if not spreads:
         return f"<p>{taken_up} No step had to be done twice.</p>"
-    worst = max(abs(a - b) for _, a, b in losses)
+    worst = max(spread for *_, spread in spreads)
     verdict = (
         "with the same loss each time, bit for bit" if worst == 0 else f"the losses differ by at most {short(worst)}"
     )
-    rows = [(f"{step:,}", f"{a:.9g}", f"{b:.9g}", short(abs(a - b))) for step, a, b in losses[-20:]]
-    shown = table(("step", "loss, first time", "loss, again", "difference"), rows, "figures")
-    sentence = f"{taken_up} {plural(len(losses), 'step')} done twice, <strong>{verdict}</strong>."
+    rows = [(f"{step:,}", f"{first:.9g}", f"{last:.9g}", short(spread)) for step, first, last, spread in spreads[-20:]]
+    shown = table(("step", "loss, first time", "loss, last time", "largest difference"), rows, "figures")
+    sentence = f"{taken_up} {plural(len(spreads), 'step')} done again, <strong>{verdict}</strong>."
     return f"<p>{sentence}</p>" + details("The losses, side by side", shown)
 
 

@@ -27,8 +27,8 @@ def step(n, at, wobble=0.0):
 def lived():
     """Events of a run of 200 steps, killed after step 127 and taken up again from the checkpoint at 120."""
     start = {
-        "event": "start", "step": 0, "num_parameters": 4_329_728, "flops_per_token": 2.59e7, "peak_flops": 3.66e11,
-        "mesh": "dp_shard 2", "dtype": "fp32", "dtype_reason": "bf16 matrices are not faster here", "time": 1000.0,
+        "event": "start", "step": 0, "num_parameters": 4_329_728, "flops_per_token": 2.59e7, "peak_flops": 1.83e11,
+        "world_size": 2, "mesh": "dp_shard 2", "dtype": "fp32", "dtype_reason": "bf16 is slower here", "time": 1000.0,
     }  # fmt: skip
     saved = [
         {"event": "checkpoint", "step": n, "seconds": 0.21, "bytes": 5.2e7, "time": 1000 + n} for n in (40, 80, 120)
@@ -161,9 +161,13 @@ def test_text_from_outside_is_escaped_everywhere(tmp_path):
         {"event": "stop", "reason": ATTACK},
     ]
     run = write(
-        tmp_path / "a<script>b", events, recipe={ATTACK: {"value": ATTACK, "layer": ATTACK}, "data.path": {"value": ATTACK}},
-        versions={ATTACK: [ATTACK]}, model={ATTACK: ATTACK}, summary={ATTACK: {ATTACK: ATTACK}},
-    )  # fmt: skip
+        tmp_path / "a<script>b",
+        events,
+        recipe={ATTACK: {"value": ATTACK, "layer": ATTACK}, "data.path": {"value": ATTACK}},
+        versions={ATTACK: [ATTACK]},
+        model={ATTACK: ATTACK},
+        summary={ATTACK: {ATTACK: ATTACK}},
+    )
     html = write_report(run).read_text()
     assert "<script" not in html
     assert "<img" not in html
@@ -174,8 +178,8 @@ def test_text_from_outside_is_escaped_everywhere(tmp_path):
 def test_a_step_done_twice_counts_once_and_proves_the_resume(run):
     records = read(run)
     assert [event["step"] for event in records.steps] == list(range(1, 201))
-    assert [last["step"] for _, last in records.redone] == list(range(121, 128))
-    assert "7 steps done twice, with the same loss each time, bit for bit" in page_of(run).text
+    assert [[event["step"] for event in attempts] for attempts in records.redone] == [[n, n] for n in range(121, 128)]
+    assert "7 steps done again, with the same loss each time, bit for bit" in page_of(run).text
 
 
 def test_a_resume_that_differs_is_told(tmp_path):
@@ -195,6 +199,17 @@ def test_the_settings_that_somebody_chose_come_first(run):
         < text.index("settings at the default")
         < text.index("run.seed")
     )
+
+
+def test_data_wait_is_a_share_of_the_whole_time(tmp_path):
+    events = [step(n, float(n)) | {"data_wait_s": 1.0, "step_s": 3.0} for n in (1, 2)]
+    assert "waiting: 25\n" in write_report(write(tmp_path / "run", events)).read_text().replace("</title>", "\n")
+
+
+def test_a_resume_takes_back_what_came_after_it(tmp_path):
+    """Killed after step 9, resumed from 4, killed after 6: steps 7 to 9 are not part of the run any more."""
+    events = [*(step(n, 1.0) for n in range(1, 10)), {"event": "resume", "step": 4}, step(5, 2.0), step(6, 2.0)]
+    assert [event["step"] for event in read(write(tmp_path / "run", events)).steps] == [1, 2, 3, 4, 5, 6]
 
 
 def test_baselines_and_models_are_ranked(run):

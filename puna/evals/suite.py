@@ -18,6 +18,7 @@ from puna.evals.ngram import NGram
 from puna.llama import hub
 from puna.llama.shards import Shards, read_manifest, write_atomic
 from puna.llama.tokenizer import Tokenizer
+from puna.train import checkpoint
 from puna.train.metrics import append_event
 
 MAX_CONTEXT = 8_192
@@ -38,15 +39,17 @@ def evaluate(
     data: the shards; a run's own (data.path of its recipe) where None. step: a run's checkpoint, the newest where None.
     context: tokens of one window; where None, the longest sequence the run trained on, or the model's up to 8,192.
     stride: half the context where None. Returns bits_per_byte, num_bytes, num_tokens, step, seconds and `protocol`, and
-    with baselines gzip_, xz_ and ngram_bits_per_byte. A run gets the figures as an event as well. Raises CheckpointError
-    and DataError.
+    with baselines gzip_, xz_ and ngram_bits_per_byte. A run gets the figures as an event as well. Raises DataError and
+    CheckpointError.
     """
     began, path = time.monotonic(), Path(path)
     recipe = read_recipe(path)
     shards = Shards(shards_folder(path, recipe, data), "heldout")
-    if recipe is not None and step is None:
-        step = newest_step(path)
-    loaded = hub.load(path, step=step) if recipe is not None else hub.load(path)
+    if recipe is not None:
+        step = checkpoint.read_manifest(path, step).cursor.units
+    elif step is not None:
+        raise CheckpointError(f"{path} is not a run directory, so it has no steps", "Leave --step out.")
+    loaded = hub.load(path) if recipe is None else hub.load(path, step=step)
     check_tokenizer(loaded, shards, path)
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     if context is None:
@@ -112,14 +115,6 @@ def shards_folder(path: Path, recipe: dict[str, Any] | None, data: Path | None) 
 def trained_context(recipe: dict[str, Any]) -> int:
     """The longest sequence that a run trains on."""
     return max(recipe["train.seq_len"], *(length for _, length in recipe["schedule.seq_stages"]), 1)
-
-
-def newest_step(run: Path) -> int:
-    """The newest complete checkpoint's step. Raises CheckpointError."""
-    steps = [int(file.parent.name.removeprefix("step-")) for file in run.glob("checkpoints/step-*/manifest.json")]
-    if not steps:
-        raise CheckpointError(f"{run} holds no checkpoint", "Train until the first one (checkpoint.every).")
-    return max(steps)
 
 
 def check_tokenizer(loaded: hub.Loaded, shards: Shards, path: Path) -> None:

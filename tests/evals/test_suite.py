@@ -8,12 +8,15 @@ from puna.evals import suite
 from puna.evals.bits import bits_per_byte, text
 from puna.evals.compressors import gzip_bits_per_byte, xz_bits_per_byte
 from puna.evals.ngram import NGram
-from puna.evals.suite import cached_baselines, content_hash, evaluate, flat, newest_step, trained_context
+from puna.evals.suite import cached_baselines, content_hash, evaluate, flat, trained_context
 from puna.llama import hub
 from puna.llama.config import LlamaConfig
 from puna.llama.model import Llama
 from puna.llama.shards import Shards, ShardWriter
 from puna.llama.tokenizer import Tokenizer
+from puna.train import checkpoint
+from puna.train.metrics import read_events
+from puna.train.task import Cursor, Tensors, module_tensors
 
 
 @pytest.fixture
@@ -68,14 +71,20 @@ def test_the_caller_chooses_windows_and_leaves_baselines_out(hf, shards_copy):
     assert not (shards_copy / suite.BASELINES).exists()
 
 
-def test_a_run_directory(model, shards_copy, tmp_path, monkeypatch):
-    """Data, context and checkpoint come from the run, and the figures go into its events."""
+@pytest.fixture
+def run(model, shards_copy, tmp_path):
+    """A run directory with the checkpoints of steps 2 and 10."""
     run = tmp_path / "run"
+    state = {"model": Tensors(lambda: module_tensors(model))}
     for step in (2, 10):
-        (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-        (run / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text("{}")
+        checkpoint.save(run, state, Cursor(step, step * 100), keep=5)
     settings = {"data.path": str(shards_copy), "train.seq_len": 12, "schedule.seq_stages": [[100, 24]]}
     (run / "recipe.json").write_text(json.dumps({k: {"value": v, "layer": "flag"} for k, v in settings.items()}))
+    return run
+
+
+def test_a_run_directory(run, model, shards_copy, monkeypatch):
+    """Data, context and checkpoint come from the run, and the figures go into its events."""
     asked = []
 
     def load(path, step):
@@ -87,17 +96,28 @@ def test_a_run_directory(model, shards_copy, tmp_path, monkeypatch):
     assert asked == [(run, 10), (run, 2)]
     assert (newest["step"], first["step"]) == (10, 2)
     assert (newest["protocol"]["context"], newest["protocol"]["stride"]) == (24, 12)
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    events = read_events(run)
     assert [(e["event"], e["step"], e["bits_per_byte"]) for e in events] == [
-        ("eval", 10, newest["bits_per_byte"]), ("eval", 2, first["bits_per_byte"])
-    ]  # fmt: skip
+        ("eval", 10, newest["bits_per_byte"]),
+        ("eval", 2, first["bits_per_byte"]),
+    ]
     assert events[0]["gzip_bits_per_byte"] == newest["gzip_bits_per_byte"]
     assert all(event["split"] == "heldout" and event["time"] > 0 for event in events)
+
+
+def test_a_checkpoint_that_is_not_there_is_told(run):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint of step 7. Steps that are there: 2, 10"):
+        evaluate(run, step=7)
 
 
 def test_a_hugging_face_folder_needs_data(hf):
     with pytest.raises(DataError, match=r"is not a run directory, so it names no data. Give token shards with --data"):
         evaluate(hf)
+
+
+def test_a_hugging_face_folder_has_no_steps(hf, shards_copy):
+    with pytest.raises(CheckpointError, match=r"is not a run directory, so it has no steps. Leave --step out"):
+        evaluate(hf, data=shards_copy, step=3)
 
 
 def test_another_tokenizer_is_refused(hf, shards_copy, kit):
@@ -112,7 +132,9 @@ def test_the_same_size_of_vocabulary_is_not_enough(hf, shards_copy):
     """Two tokens change places: every count agrees and the text still decodes, but the ids mean something else."""
     spec = json.loads((hf / "tokenizer.json").read_text())
     vocab = spec["model"]["vocab"]
-    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    used = set(Shards(shards_copy, "heldout").document(2)[1:-1].tolist())
+    first, second = [name for name, i in vocab.items() if i in used][:2]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
     (hf / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(CheckpointError, match=r"which gives other ids"):
         evaluate(hf, data=shards_copy)
@@ -133,9 +155,11 @@ def test_a_checkpoint_without_tokenizer_is_refused(model, shards_copy, tmp_path)
         evaluate(tmp_path / "bare", data=shards_copy)
 
 
-def test_a_run_without_checkpoint_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match=r"holds no checkpoint. Train until the first one"):
-        newest_step(tmp_path)
+def test_a_run_without_checkpoint_is_told(run):
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"has no complete checkpoint"):
+        evaluate(run)
+    assert not (run / "events.jsonl").exists()
 
 
 def test_baselines_are_kept_under_the_hash_of_the_data(shards_copy, monkeypatch, capsys):
