@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from puna.engine.params import SamplingParams
 from puna.engine.row import Delta, FinishReason, Row
@@ -21,22 +20,27 @@ DEFAULTS = SamplingParams()
 @dataclass
 class Completion:
     """Sample `sample` of prompt `prompt`. tokens: all that were drawn, a stop token included; logprobs: one a token;
-    top: alternatives of each token; text: without stop tokens and stop strings."""
+    top: alternatives of each token; texts: what became certain with each token, without stops."""
 
     prompt: int
     sample: int
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(self.texts)
 
     def push(self, delta: Delta) -> None:
         """Appends the next token."""
         self.tokens.append(delta.token)
         self.logprobs.append(delta.logprob)
         self.top.append(delta.top)
-        self.text += delta.text
+        self.texts.append(delta.text)
         self.finish_reason = delta.finish_reason
 
 
@@ -57,7 +61,7 @@ class Generator:
     def generate(
         self, prompts: Sequence[list[int]], n: int = 1, params: SamplingParams = DEFAULTS
     ) -> list[Completion]:
-        """`n` completions of each prompt, prompt by prompt. Raises what `check` raises."""
+        """`n` completions of each prompt, prompt by prompt. Raises UserError as the two checks do."""
         done = [Completion(prompt, sample) for prompt in range(len(prompts)) for sample in range(n)]
         for delta in self.stream(prompts, n, params):
             done[delta.prompt * n + delta.sample].push(delta)
@@ -66,16 +70,17 @@ class Generator:
     def stream(
         self, prompts: Sequence[list[int]], n: int = 1, params: SamplingParams = DEFAULTS
     ) -> Iterator[Delta]:
-        """The same, token by token, rows interleaved; closing the iterator ends the work. `check` comes at once."""
-        self.check(prompts, params)
+        """The same, token by token, rows interleaved; closing the iterator ends the work. The checks come at once."""
+        self.check_ids(prompts)
+        self.check_room(prompts, params)
         rows = [self._row(index, sample, tokens, params) for index, tokens in enumerate(prompts) for sample in range(n)]
         rows.sort(key=lambda row: len(row.tokens))
         groups = (rows[start : start + self.max_rows] for start in range(0, len(rows), self.max_rows))
         return (delta for group in groups for delta in self._decode(group, params))
 
-    def check(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
-        """Raises UserError where a prompt is empty, holds an unknown id, or leaves no room for `max_tokens`."""
-        vocab_size, max_seq_len = self.tokenizer.vocab_size, self.model.config.max_seq_len
+    def check_ids(self, prompts: Sequence[list[int]]) -> None:
+        """Raises UserError where a prompt is empty or holds an unknown id."""
+        vocab_size = self.tokenizer.vocab_size
         for tokens in prompts:
             if not tokens:
                 raise UserError("the prompt holds no token", "Give at least one token or some text.")
@@ -84,7 +89,11 @@ class Generator:
                     f"the prompt holds token ids outside the vocabulary of {vocab_size}",
                     f"Use ids from 0 to {vocab_size - 1}.",
                 )
-            new = 1 if params.max_tokens is None else params.max_tokens
+
+    def check_room(self, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+        """Raises UserError where the context cannot hold a prompt and its `max_tokens`."""
+        max_seq_len, new = self.model.config.max_seq_len, params.max_tokens or 1
+        for tokens in prompts:
             if len(tokens) + new > max_seq_len:
                 raise UserError(
                     f"the prompt has {len(tokens)} tokens and {new} more were asked for, but this model's context is "
@@ -110,9 +119,10 @@ class Generator:
         hidden = hidden[torch.arange(len(rows), device=head.device), lengths - 1]
         while True:
             logits = self.model.logits(hidden)
-            known = logits[:, : self.tokenizer.vocab_size]
-            drawn = sample(known, [row.uniform() for row in rows], params.temperature, params.top_p)
-            yield from _push(rows, logits, drawn, params.top_logprobs)
+            num_known = self.tokenizer.vocab_size
+            uniforms = [row.uniform() for row in rows]
+            drawn = sample(logits[:, :num_known], uniforms, params.temperature, params.top_p)
+            yield from _push(rows, drawn.tolist(), *logprobs(logits, drawn, params.top_logprobs, num_known))
             going = torch.tensor([not row.finished for row in rows], device=head.device)
             if not going.any():
                 return
@@ -120,9 +130,10 @@ class Generator:
             lengths = lengths + going
 
 
-def _push(rows: list[Row], logits: Tensor, drawn: Tensor, num_top: int) -> Iterator[Delta]:
-    scores, tops = logprobs(logits, drawn, num_top)
-    for row, token, score, top in zip(rows, drawn.tolist(), scores, tops, strict=True):
+def _push(
+    rows: list[Row], drawn: list[int], scores: list[float], tops: list[list[tuple[int, float]]]
+) -> Iterator[Delta]:
+    for row, token, score, top in zip(rows, drawn, scores, tops, strict=True):
         if row.finished:
             continue
         if not math.isfinite(score):

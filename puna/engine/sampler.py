@@ -24,10 +24,12 @@ def sample(logits: Tensor, uniforms: Sequence[float], temperature: float, top_p:
     return order.gather(-1, index)[:, 0]
 
 
-def logprobs(logits: Tensor, tokens: Tensor, num_top: int) -> tuple[list[float], list[list[tuple[int, float]]]]:
-    """Under the model itself (temperature 1, every token): of `tokens` (B,), and of each row's `num_top` best."""
+def logprobs(
+    logits: Tensor, tokens: Tensor, num_top: int, num_known: int
+) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """Under the model itself (temperature 1, every id): of `tokens` (B,), and each row's best among the known ids."""
     scores = torch.log_softmax(logits, -1)
-    top = scores.topk(num_top, -1)
+    top = scores[:, :num_known].topk(num_top, -1)
     chosen: list[float] = scores.gather(-1, tokens[:, None])[:, 0].tolist()
     best = zip(top.indices.tolist(), top.values.tolist(), strict=True)
     return chosen, [list(zip(ids, values, strict=True)) for ids, values in best]

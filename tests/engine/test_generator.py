@@ -129,8 +129,10 @@ def test_without_max_tokens_the_context_ends_the_text(model, tokenizer):
 
 
 def test_ids_without_a_token_are_never_drawn(generator, tokenizer, prompts):
-    one = generator.generate(prompts[:1], 20, SamplingParams(max_tokens=20, temperature=2, top_p=1, seed=0))
-    assert max(token for some in one for token in some.tokens) < tokenizer.vocab_size
+    params = SamplingParams(max_tokens=20, temperature=2, top_p=1, seed=0, top_logprobs=20)
+    done = generator.generate(prompts[:1], 20, params)
+    assert max(token for one in done for token in one.tokens) < tokenizer.vocab_size
+    assert max(token for one in done for top in one.top for token, _ in top) < tokenizer.vocab_size
 
 
 def test_weights_may_change_between_calls(model, tokenizer, prompts):

@@ -53,7 +53,8 @@ def test_rows_do_not_touch_each_other():
 
 
 def test_logprobs_of_the_drawn_and_the_best():
-    chosen, top = logprobs(PROBABILITIES.log()[None], torch.tensor([2]), 2)
+    chosen, top = logprobs(PROBABILITIES.log()[None], torch.tensor([2]), 2, 4)
     assert chosen == pytest.approx([torch.tensor(0.15).log().item()])
     assert [i for i, _ in top[0]] == [1, 3]
+    assert logprobs(PROBABILITIES.log()[None], torch.tensor([2]), 1, 3)[1][0][0][0] == 1
     assert [p for _, p in top[0]] == pytest.approx(torch.tensor([0.5, 0.25]).log().tolist())

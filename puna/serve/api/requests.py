@@ -1,0 +1,239 @@
+"""What clients may ask: OpenAI's requests, as far as they are supported, and a clear answer to everything else."""
+
+import json
+from difflib import get_close_matches
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from fastapi import Request
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from puna.engine.params import SamplingParams
+from puna.llama.dialog import Message
+from puna.serve.api.errors import ApiError
+
+MAX_BODY_BYTES = 16 << 20
+
+# Accepted and not used: they change nothing about the answer.
+UNUSED = frozenset({
+    "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
+})  # fmt: skip
+
+# Fields of OpenAI's API that are not supported, each with the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "store": (False,),
+}  # fmt: skip
+
+
+class Body(BaseModel):
+    """A JSON object of known fields; a field's description completes the sentence "it must be ..."."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    unused: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def read(cls, raw: Any, path: str = "") -> Self:
+        """Raises ApiError, which names the field. null stands for a field that is not given."""
+        if not isinstance(raw, dict):
+            raise ApiError(f"{path or 'the body'} must be a JSON object", path or None, "invalid_type")
+        given = {name: value for name, value in raw.items() if value is not None and name not in cls.unused}
+        for name in given.keys() & cls.neutral.keys():
+            if given.pop(name) not in cls.neutral[name]:
+                raise _unsupported(f"{path}{name}")
+        for name in given.keys() - cls.model_fields.keys():
+            raise cls._unknown(name, path)
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            raise cls._error(error.errors(include_url=False)[0], given, path) from None
+
+    @classmethod
+    def _unknown(cls, name: str, path: str) -> ApiError:
+        near = get_close_matches(name, [*cls.model_fields, *cls.unused], n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(cls.model_fields)}"
+        return ApiError(f"unknown field {path}{name}; {hint}", path + name, "unknown_parameter")
+
+    @classmethod
+    def _error(cls, error: Any, given: dict[str, Any], path: str) -> ApiError:
+        name = str(error["loc"][0])
+        wanted = f"it must be {cls.model_fields[name].description}"
+        if error["type"] == "missing":
+            return ApiError(f"{path}{name} is missing; {wanted}", path + name, "missing_required_parameter")
+        shown = json.dumps(given[name])
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return ApiError(f"{path}{name} is {shown}; {wanted}", path + name, "invalid_value")
+
+
+class StreamOptions(Body):
+    """How a stream ends."""
+
+    include_usage: bool = Field(False, description="true or false")
+
+
+Stop = Annotated[str, Field(min_length=1)]
+Ids = Annotated[list[int], Field(min_length=1)]
+
+
+class Sampling(Body):
+    """What both kinds of request have in common; defaults are OpenAI's."""
+
+    unused: ClassVar = UNUSED
+    neutral: ClassVar = NEUTRAL
+
+    model: str = Field(description="the name of the model, as /v1/models lists it")
+    temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 (greedy) to 2")
+    top_p: float = Field(1.0, ge=0, le=1, description="a number from 0 to 1")
+    n: int = Field(1, ge=1, le=128, description="an integer from 1 to 128")
+    seed: int | None = Field(None, description="an integer")
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] = Field(
+        [], description="a string of at least one character, or a list of at most 16 of them"
+    )
+    stream: bool = Field(False, description="true or false")
+    stream_options: dict[str, Any] | None = Field(None, description="an object such as {\"include_usage\": true}")
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether a stream ends with a chunk of token counts."""
+        return StreamOptions.read(self.stream_options or {}, "stream_options.").include_usage
+
+    @property
+    def num_top(self) -> int | None:
+        """Alternatives to report a token; None: no log-probabilities at all."""
+        raise NotImplementedError
+
+    @property
+    def max_new(self) -> int | None:
+        """Tokens to draw at most; None: up to the end of the context."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Rules between fields. Raises ApiError."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError("stream_options is given but stream is not true", "stream_options", "invalid_value")
+        _ = self.include_usage
+
+    def params(self) -> SamplingParams:
+        """The same for the engine."""
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return SamplingParams(self.max_new, self.temperature, self.top_p, self.seed, stop, self.num_top or 0)
+
+
+class CompletionRequest(Sampling):
+    """POST /v1/completions."""
+
+    neutral: ClassVar = NEUTRAL | {"best_of": (1,), "suffix": ("",)}
+
+    prompt: str | list[str] | Ids | list[Ids] = Field(
+        description="a string, a list of strings, a list of token ids, or a list of such lists", min_length=0
+    )
+    max_tokens: int = Field(16, ge=1, description="an integer of at least 1")
+    logprobs: int | None = Field(None, ge=0, le=5, description="an integer from 0 to 5")
+    echo: bool = Field(False, description="true or false")
+
+    @property
+    def num_top(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def max_new(self) -> int:
+        return self.max_tokens
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """One entry a prompt."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if self.prompt and isinstance(self.prompt[0], int) else self.prompt  # type: ignore[return-value]
+
+    def check(self) -> None:
+        super().check()
+        if not self.prompt and not isinstance(self.prompt, str):
+            raise ApiError("prompt is an empty list; give at least one prompt", "prompt", "invalid_value")
+        if self.echo and self.logprobs is not None:
+            raise _unsupported("echo", " together with logprobs")
+
+
+class TextPart(Body):
+    """A piece of a message."""
+
+    type: Literal["text"] = Field(description='"text", the only kind of content this model reads')
+    text: str = Field(description="a string")
+
+
+class ChatMessage(Body):
+    """A message of the conversation."""
+
+    neutral: ClassVar = {
+        "name": (), "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": (), "audio": (),
+        "annotations": ([],),
+    }  # fmt: skip
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description='"system", "developer", "user" or "assistant"'
+    )
+    content: str | list[dict[str, Any]] = Field(description="a string, or a list of text parts")
+
+    def message(self, path: str) -> Message:
+        """The same for the dialog; text parts are joined, and a developer speaks as the system."""
+        text = self.content if isinstance(self.content, str) else self._join(self.content, path)
+        return Message("system" if self.role == "developer" else self.role, text)
+
+    @staticmethod
+    def _join(parts: list[Any], path: str) -> str:
+        return "".join(TextPart.read(part, f"{path}content[{i}].").text for i, part in enumerate(parts))
+
+
+class ChatRequest(Sampling):
+    """POST /v1/chat/completions."""
+
+    neutral: ClassVar = NEUTRAL | {
+        "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+        "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
+        "audio": (), "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (),
+    }  # fmt: skip
+
+    messages: list[dict[str, Any]] = Field(min_length=1, description="a list of at least one message")
+    max_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
+    max_completion_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
+    logprobs: bool = Field(False, description="true or false")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="an integer from 0 to 20")
+
+    @property
+    def num_top(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def max_new(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def dialog(self) -> list[Message]:
+        """The messages. Raises ApiError, which names the one at fault."""
+        at = [f"messages[{i}]." for i in range(len(self.messages))]
+        return [ChatMessage.read(raw, path).message(path) for raw, path in zip(self.messages, at, strict=True)]
+
+    def check(self) -> None:
+        super().check()
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ApiError("give max_tokens or max_completion_tokens, not both", "max_tokens", "invalid_value")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError("top_logprobs is given but logprobs is not true", "top_logprobs", "invalid_value")
+
+
+def _unsupported(name: str, when: str = "") -> ApiError:
+    return ApiError(f"{name}{when} is not supported by this server; leave it out", name, "unsupported_parameter")
+
+
+async def json_body(request: Request) -> Any:
+    """The parsed body. JSON must be declared: a foreign web page cannot send that type without asking first."""
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise ApiError("send the body as JSON with the header Content-Type: application/json", status=415)
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > MAX_BODY_BYTES:
+            raise ApiError(f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large", status=413)
+    try:
+        return json.loads(bytes(data))
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"the body is not JSON: {error}", code="invalid_json") from None
