@@ -386,6 +386,11 @@ def _origins(recipe: Recipe, merged: Mapping[str, tuple[Any, Layer]]) -> dict[st
     return {key: merged.get(key, (None, DEFAULT))[1].name for key in _flatten(recipe.model_dump())}
 
 
+def flat(recipe: Recipe) -> dict[str, Any]:
+    """Every value by its dotted key."""
+    return _flatten(recipe.model_dump())
+
+
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in sorted(table.items(), key=lambda item: isinstance(item[1], Mapping)):

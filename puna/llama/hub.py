@@ -17,9 +17,11 @@ from torch import Tensor
 from puna.errors import CheckpointError
 from puna.llama.config import LlamaConfig, RopeScaling
 from puna.llama.model import Llama
+from puna.train import checkpoint
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+RUN_MODEL = "model.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 DERIVED = "rotary_emb.inv_freq"
 """Ending of tensors in old Llama 2 folders that only repeat what config.json says."""
@@ -39,12 +41,17 @@ def build(config: LlamaConfig) -> Llama:
         return Llama(config)
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None) -> Loaded:
-    """The model of a Hugging Face folder, in `dtype` or in the dtype of its file.
+def load(folder: str | Path, dtype: torch.dtype | None = None, step: int | None = None) -> Loaded:
+    """The model of a Hugging Face folder or of a run directory, in `dtype` or in the dtype of its file.
 
+    step: a run's checkpoint, the newest where None; averaged weights where the run has begun to average.
     Raises CheckpointError, which names every missing, unexpected or differently shaped tensor.
     """
     folder = Path(folder)
+    if (folder / RUN_MODEL).is_file():
+        return load_run(folder, dtype, step)
+    if step is not None:
+        raise CheckpointError(f"{folder} is not a run directory, so it has no steps", "Leave the step out.")
     require(folder, "config.json")
     config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
     model = build(config)
@@ -54,6 +61,16 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Loaded:
         model.load_state_dict(tensors_of(file, dtype), strict=False, assign=True)
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     return Loaded(model, config, folder if has_tokenizer else None)
+
+
+def load_run(run: Path, dtype: torch.dtype | None, step: int | None) -> Loaded:
+    """The model of a run directory's checkpoint."""
+    config = LlamaConfig.model_validate_json((run / RUN_MODEL).read_text(encoding="utf-8"))
+    manifest = checkpoint.read_manifest(run, step)
+    averaged = manifest.json.get("average.count", {"count": 0})["count"] > 0
+    model = build(config).to_empty(device="cpu")
+    checkpoint.load_module(run, model, manifest.cursor.units, "average.model" if averaged else "model")
+    return Loaded(model.to(dtype) if dtype else model, config, run / "tokenizer")
 
 
 def save(

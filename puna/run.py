@@ -1,0 +1,160 @@
+"""Assembles: a recipe becomes a task under the one loop; a run directory becomes a Hugging Face folder."""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import puna
+from puna import recipe as recipes
+from puna.console import err
+from puna.errors import CheckpointError, DeviceError, RecipeError
+from puna.llama import hub
+from puna.llama.pretrain import Pretrain
+from puna.llama.shards import Shards, write_atomic
+from puna.llama.tokenizer import Tokenizer
+from puna.recipe import Loaded
+from puna.train.checkpoint import complete_steps, hold_lock
+from puna.train.launch import launch
+from puna.train.loop import Run
+from puna.train.mesh import DTYPES, choose_compute, choose_device, open_mesh
+from puna.train.metrics import last_steps, read_events
+
+FREE_TO_CHANGE = ("run.", "mesh.", "checkpoint.", "eval.", "data.", "train.micro_batch", "train.recompute", "train.compile")
+"""Settings that a resumed run may have anew: they do not change what is computed. The seed is not one of them."""
+
+
+def train(loaded: Loaded) -> dict[str, Any]:
+    """Train by a recipe, on as many local processes as it asks for; resumes where its directory stands.
+
+    Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (a step, or None).
+    Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed.
+    """
+    config = loaded.recipe.run
+    run = Path(config.dir)
+    if int(os.environ.get("RANK", "0")) == 0:
+        prepare(loaded, run)
+    launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads)
+    return outcome(run)
+
+
+def prepare(loaded: Loaded, run: Path) -> None:
+    """Check what can be checked before any process starts; write what the directory says of itself."""
+    recipe = loaded.recipe
+    shards = Shards(recipe.data.path, "train")
+    choose_device(recipe.run.device)
+    with hold_lock(run):
+        refuse_other_run(loaded, run)
+        write_atomic(run / "recipe.toml", loaded.text.encode())
+        write_atomic(run / "recipe.json", recipes.to_json(loaded).encode())
+        write_atomic(run / "model.json", recipe.model.model_dump_json(indent=1).encode())
+        write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
+        shutil.copytree(shards.tokenizer_dir, run / "tokenizer", dirs_exist_ok=True)
+
+
+def refuse_other_run(loaded: Loaded, run: Path) -> None:
+    """Raise RecipeError where `run` holds checkpoints of a recipe that computes something else."""
+    if not (run / "recipe.toml").is_file() or not complete_steps(run):
+        return
+    kept, wanted = (recipes.flat(other.recipe) for other in (recipes.load(run), loaded))
+    changed = [
+        key
+        for key in wanted
+        if kept.get(key) != wanted[key] and (key == "run.seed" or not key.startswith(FREE_TO_CHANGE))
+    ]
+    if changed:
+        told = "; ".join(f"{key} is {kept.get(key)!r} there, {wanted[key]!r} here" for key in changed[:4])
+        raise RecipeError(
+            f"{run} holds a run of another recipe: {told}",
+            "Give the same values to resume it, or another folder with --run.dir.",
+        )
+
+
+def work(directory: str) -> None:
+    """What every rank does."""
+    run = Path(directory)
+    recipe = recipes.load(run).recipe
+    with open_mesh(recipe.run, recipe.mesh) as place:
+        recipes.check_ranks(recipe, place.world_size)
+        compute = choose_compute(recipe.train.dtype, place.device)
+        if compute.dtype == torch.float16 and place.device.type == "cpu":
+            raise DeviceError("train.dtype is fp16 but the device is a CPU, which has no fast fp16", "Use auto, fp32 or bf16.")
+        facts = {"mesh": str(place), "dtype": str(compute.dtype).removeprefix("torch."), "dtype_reason": compute.reason}
+        if place.rank == 0:
+            err.print(f"{place}  {facts['dtype']} ({compute.reason})", markup=False, soft_wrap=True)
+        task = Pretrain(
+            recipe.model, recipe.data, recipe.train, recipe.schedule, recipe.mesh, recipe.eval, recipe.run.seed, place, compute
+        )
+        Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops).go()
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """The figures of a run that has ended, from its records."""
+    events = read_events(run)
+    steps = last_steps(events)
+    if not steps:
+        raise CheckpointError(f"{run} has no record of a step", "Train with `puna train RECIPE --run.dir DIR`.")
+    last = steps[max(steps)]
+    heldout = [event["loss"] for event in events if event["event"] == "eval" and "loss" in event]
+    resumes = [event["step"] for event in events if event["event"] == "resume"]
+    return {
+        "run": str(run),
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "loss": last["loss"],
+        "heldout_loss": heldout[-1] if heldout else None,
+        "tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps.values()),
+        "resumed_from": resumes[-1] if resumes else None,
+    }
+
+
+def export(path: Path, out: Path, step: int | None = None, dtype: str | None = None, check: bool = False) -> dict[str, Any]:
+    """Write a checkpoint as a Hugging Face folder; with `check`, hold the folder against the checkpoint in transformers.
+
+    Returns out, step, num_parameters, num_bytes, and with check what `puna.evals.parity.compare` returns.
+    Raises CheckpointError where the checkpoint is missing or `out` holds files.
+    """
+    loaded = hub.load(path, step=step)
+    if loaded.tokenizer_dir is None:
+        raise CheckpointError(f"{path} has no tokenizer", "Put its tokenizer.json or tokenizer.model there.")
+    tokenizer = Tokenizer.load(loaded.tokenizer_dir)
+    with tempfile.TemporaryDirectory() as forms:
+        tokenizer.to_hf(Path(forms))
+        hub.save(
+            loaded.model.state_dict(), loaded.config, out, tokenizer_dir=forms, bos=tokenizer.bos,
+            eos=sorted(tokenizer.stop_ids), dtype=DTYPES[dtype] if dtype else None,
+        )
+    result: dict[str, Any] = {
+        "out": str(out),
+        "step": step,
+        "num_parameters": loaded.config.num_parameters,
+        "num_bytes": sum(file.stat().st_size for file in out.iterdir()),
+    }
+    if check:
+        from puna.evals.parity import compare
+
+        result |= compare(loaded.model, tokenizer, out, PROMPTS)
+    return result
+
+
+PROMPTS = ["import os\n\n\ndef ", "class Error(Exception):\n    ", "The quick brown fox", "for i in range(10):\n    print("]
+"""Texts that an exported folder is compared on."""
+
+
+def versions() -> dict[str, Any]:
+    """What a figure of this run depends on besides the recipe."""
+    return {
+        "puna": puna.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "num_cores": len(os.sched_getaffinity(0)),
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }

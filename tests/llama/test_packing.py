@@ -1,0 +1,95 @@
+"""Documents become batches."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puna.llama.packing import IGNORED, Stream, micro_batches, packed, unpacked
+
+BOS, EOS = 1, 2
+
+
+class Documents:
+    """Documents in memory with the face of `Shards`: document i is BOS, i + 3 repeated, EOS."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths = np.array(lengths)
+        self.num_documents, self.num_tokens = len(lengths), int(sum(lengths))
+
+    def document(self, i: int) -> np.ndarray:
+        return np.array([BOS, *[i + 3] * (self.lengths[i] - 2), EOS], np.uint16)
+
+
+@pytest.fixture
+def documents() -> Documents:
+    return Documents([5, 12, 3, 30, 7, 2, 16])
+
+
+def test_an_epoch_of_the_stream_is_every_document_once(documents):
+    tokens, _ = Stream(documents, seed=0).window(0, documents.num_tokens)
+    pieces = np.split(tokens, np.flatnonzero(tokens == BOS)[1:])
+    assert sorted(map(tuple, pieces)) == sorted(tuple(documents.document(i)) for i in range(7))
+
+
+def test_epochs_and_seeds_differ_in_order(documents):
+    n = documents.num_tokens
+    first = Stream(documents, seed=0).window(0, n)[0]
+    assert not np.array_equal(first, Stream(documents, seed=0).window(n, n)[0])
+    assert not np.array_equal(first, Stream(documents, seed=1).window(0, n)[0])
+    assert np.array_equal(first, Stream(documents, seed=0).window(0, n)[0])
+
+
+@given(offset=st.integers(0, 300), length=st.integers(1, 90), cut=st.integers(0, 90))
+@settings(max_examples=60, deadline=None)
+def test_a_window_is_a_pure_function_of_its_offset(offset, length, cut):
+    documents = Documents([5, 12, 3, 30, 7, 2, 16])
+    stream, cut = Stream(documents, 3), min(cut, length)
+    whole = stream.window(offset, length)[0]
+    parts = [Stream(documents, 3).window(offset + cut, length - cut)[0], stream.window(offset, cut)[0]]
+    assert np.array_equal(whole, np.concatenate(parts[::-1]))
+
+
+def test_every_token_but_bos_is_a_target_once(documents):
+    stream, seq_len = Stream(documents, 0), 8
+    batch = packed(stream, list(range(0, 72, seq_len)), seq_len)
+    targets = batch.targets[batch.targets != IGNORED]
+    expected, _ = stream.window(1, 72)
+    assert batch.weight == len(targets)
+    assert targets.tolist() == [token for token in expected if token != BOS]
+
+
+def test_documents_number_the_pieces_of_a_row(documents):
+    batch = packed(Stream(documents, 0), [0, 20], 20)
+    starts = batch.tokens == BOS
+    changes = torch.zeros_like(starts)
+    changes[:, 1:] = batch.documents[:, 1:] != batch.documents[:, :-1]
+    assert torch.equal(changes[:, 1:], starts[:, 1:])
+
+
+def test_unpacked_holds_the_same_pairs_of_token_and_target(documents):
+    batch = packed(Stream(documents, 0), [0, 20, 40], 20)
+    rows = unpacked(batch)
+
+    def pairs(b):
+        return sorted((int(t), int(y)) for t, y in zip(b.tokens.flatten(), b.targets.flatten(), strict=True) if y != IGNORED)
+
+    assert rows.weight == batch.weight
+    assert pairs(rows) == pairs(batch)
+    assert rows.documents.max() == 0
+
+
+@pytest.mark.parametrize(("num_ranks", "micro_batch"), [(1, 8), (2, 4), (4, 1), (2, 1), (1, 2)])
+def test_the_union_over_ranks_does_not_depend_on_their_number(documents, num_ranks, micro_batch):
+    def ids(ranks, size):
+        batches = [
+            micro_batches(
+                Stream(documents, 0), 100, batch_tokens=64, seq_len=8, micro_batch=size, rank=rank, num_ranks=ranks
+            )
+            for rank in range(ranks)
+        ]
+        assert len({len(own) for own in batches}) == 1
+        return sorted(i for own in batches for batch in own for i in batch.ids)
+
+    assert ids(num_ranks, micro_batch) == ids(1, 8) == [100 + 8 * k for k in range(8)]
