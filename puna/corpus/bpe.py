@@ -9,6 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
+from puna.console import track
 from puna.corpus import cache, rows
 from puna.errors import TokenizerError
 from puna.llama.shards import sha256_file, write_atomic
@@ -25,15 +26,16 @@ def default_num_special(vocab_size: int) -> int:
 
 
 def train_tokenizer(corpus: Path, vocab_size: int, out: Path, num_special: int | None = None) -> dict[str, Any]:
-    """Train a tokenizer on a corpus's training split; writes tokenizer.json's content to the file `out`.
+    """Train a tokenizer on a corpus's training split into `out`: a .json file, or a folder that gets a tokenizer.json.
 
     vocab_size: all ids, the 256 bytes and `num_special` control tokens among them. A small corpus may have fewer pairs
-    to merge; the report, kept beside as OUT.report.json, says the `vocab_size` that came out. Nothing is done where
-    `out` already holds the result. Raises TokenizerError where the sizes do not fit, DataError where there is no corpus.
+    to merge; the report, kept beside the file as FILE.report.json, says which came out. Nothing is done where
+    `out` already holds the result. Raises TokenizerError where the sizes do not fit, DataError without a corpus.
     """
     started, corpus, out = time.monotonic(), Path(corpus), Path(out)
+    out = out if out.suffix == ".json" else out / "tokenizer.json"
     num_special = default_num_special(vocab_size) if num_special is None else num_special
-    _check_sizes(vocab_size, num_special, out)
+    _check_sizes(vocab_size, num_special)
     source = rows.read_report(corpus)["files"]["train.jsonl"]["sha256"]
     options = {"vocab_size": vocab_size, "num_special": num_special, "tokenizers": tokenizers.__version__}
     wanted = cache.recipe(source, options, CODE)
@@ -46,20 +48,20 @@ def train_tokenizer(corpus: Path, vocab_size: int, out: Path, num_special: int |
     return {**report, "up_to_date": current, "seconds": round(time.monotonic() - started, 2)}
 
 
-def _check_sizes(vocab_size: int, num_special: int, out: Path) -> None:
+def _check_sizes(vocab_size: int, num_special: int) -> None:
     if num_special < len(NAMED_SPECIALS):
         fix = f"Give at least {len(NAMED_SPECIALS)}: the chat formats need them."
         raise TokenizerError(f"num_special is {num_special}", fix)
     if vocab_size <= 256 + num_special:
         problem = f"A vocabulary of {vocab_size} has no room beside 256 bytes and {num_special} control tokens"
         raise TokenizerError(problem, f"Give a vocab_size above {256 + num_special}.")
-    if out.is_dir():
-        raise TokenizerError(f"{out} is a folder", f"Give a file, such as {out / 'tokenizer.json'}.")
 
 
 def _train(corpus: Path, out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     num_special = wanted["options"]["num_special"]
-    vocab, merges = _learn(rows.texts(corpus, "train"), wanted["options"]["vocab_size"] - num_special)
+    num_documents = rows.read_report(corpus)["splits"]["train"]["documents"]
+    texts = track(rows.texts(corpus, "train"), "training the tokenizer", num_documents)
+    vocab, merges = _learn(texts, wanted["options"]["vocab_size"] - num_special)
     special = {name: len(vocab) + i for i, name in enumerate(special_names(num_special))}
     spec = byte_level(vocab, merges, special, BEGIN_OF_TEXT, ignore_merges=False)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +83,7 @@ def _learn(texts: Iterator[str], size: int) -> tuple[dict[str, int], list[list[s
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
     model = json.loads(bpe.to_str())["model"]
     return model["vocab"], model["merges"]

@@ -58,7 +58,7 @@ def _llama2(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:
             problem = f"Turn {number} has the role {turn.role} where Llama 2's format has {expected}"
-            raise DataError(problem, "Begin with user (after one system message at most), then alternate with assistant.")
+            raise DataError(problem, "After one system message at most, begin with user and alternate with assistant.")
     if turns[-1].role != "user":
         raise DataError("The last message is from the assistant", "Llama 2's format ends with a user message.")
     ids: list[int] = []

@@ -347,6 +347,8 @@ def _find(path: Path) -> Path:
 
 
 def _form(data: bytes) -> _Form:
+    if not data:
+        raise ValueError("it is empty")
     if data.lstrip()[:1] == b"{":
         return _Json(data)
     if _RANK_LINE.match(data):
