@@ -48,7 +48,8 @@ def test_rows_of_different_lengths_decode_as_if_alone(model):
     model(prompts, cache=held, positions=torch.arange(11))
     for step in range(total):
         positions = (lengths + step)[:, None]
-        logits = model(torch.cat([row[:, at] for row, at in zip(rows, positions, strict=True)]), cache=held, positions=positions)
+        tokens = torch.cat([row[:, at] for row, at in zip(rows, positions, strict=True)])
+        logits = model(tokens, cache=held, positions=positions)
         for row, at, got in zip(rows, positions, logits, strict=True):
             torch.testing.assert_close(got[0], model(row)[0, int(at)], rtol=0, atol=1e-12)
 

@@ -111,7 +111,7 @@ def test_a_state_that_does_not_fit_is_not_written(tmp_path, state):
 
 
 def test_a_folder_in_use_is_not_overwritten(folder, state):
-    with pytest.raises(CheckpointError, match="is already there. Choose a new folder"):
+    with pytest.raises(CheckpointError, match=r"is already there\. Choose a new folder"):
         hub.save(state, CONFIG, folder)
 
 
