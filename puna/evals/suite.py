@@ -47,9 +47,7 @@ def evaluate(
     shards = Shards(shards_folder(path, recipe, data), "heldout")
     if recipe is not None:
         step = checkpoint.read_manifest(path, step).cursor.units
-    elif step is not None:
-        raise CheckpointError(f"{path} is not a run directory, so it has no steps", "Leave --step out.")
-    loaded = hub.load(path) if recipe is None else hub.load(path, step=step)
+    loaded = hub.load(path, step=step)
     check_tokenizer(loaded, shards, path)
     model = loaded.model.to("cuda" if torch.cuda.is_available() else "cpu")
     if context is None:

@@ -1,7 +1,9 @@
 import json
 import shutil
+from copy import deepcopy
 
 import pytest
+import torch
 
 from puna.errors import CheckpointError, DataError
 from puna.evals import suite
@@ -73,28 +75,28 @@ def test_the_caller_chooses_windows_and_leaves_baselines_out(hf, shards_copy):
 
 @pytest.fixture
 def run(model, shards_copy, tmp_path):
-    """A run directory with the checkpoints of steps 2 and 10."""
+    """A run directory with the checkpoints of steps 2 and 10; the later one is much worse."""
     run = tmp_path / "run"
-    state = {"model": Tensors(lambda: module_tensors(model))}
-    for step in (2, 10):
+    other = deepcopy(model)
+    torch.nn.init.normal_(other.lm_head.weight, std=3.0, generator=torch.Generator().manual_seed(0))
+    for step, module in ((2, model), (10, other)):
+        state = {"model": Tensors(lambda module=module: module_tensors(module))}
         checkpoint.save(run, state, Cursor(step, step * 100), keep=5)
     settings = {"data.path": str(shards_copy), "train.seq_len": 12, "schedule.seq_stages": [[100, 24]]}
+    (run / "model.json").write_text(model.config.model_dump_json())
+    shutil.copytree(shards_copy / "tokenizer", run / "tokenizer")
     (run / "recipe.json").write_text(json.dumps({k: {"value": v, "layer": "flag"} for k, v in settings.items()}))
     return run
 
 
-def test_a_run_directory(run, model, shards_copy, monkeypatch):
+def test_a_run_directory(run, model, shards_copy):
     """Data, context and checkpoint come from the run, and the figures go into its events."""
-    asked = []
-
-    def load(path, step):
-        asked.append((path, step))
-        return hub.Loaded(model, model.config, shards_copy / "tokenizer")
-
-    monkeypatch.setattr(hub, "load", load)
     newest, first = evaluate(run), evaluate(run, step=2, baselines=False)
-    assert asked == [(run, 10), (run, 2)]
     assert (newest["step"], first["step"]) == (10, 2)
+    assert newest["bits_per_byte"] > 1.2 * first["bits_per_byte"]
+    heldout = Shards(shards_copy, "heldout")
+    want = bits_per_byte(model, heldout, context=24, stride=12, progress=False)["bits_per_byte"]
+    assert first["bits_per_byte"] == pytest.approx(want, rel=1e-6)
     assert (newest["protocol"]["context"], newest["protocol"]["stride"]) == (24, 12)
     events = read_events(run)
     assert [(e["event"], e["step"], e["bits_per_byte"]) for e in events] == [
@@ -116,7 +118,7 @@ def test_a_hugging_face_folder_needs_data(hf):
 
 
 def test_a_hugging_face_folder_has_no_steps(hf, shards_copy):
-    with pytest.raises(CheckpointError, match=r"is not a run directory, so it has no steps. Leave --step out"):
+    with pytest.raises(CheckpointError, match=r"is not a run directory, so it has no steps"):
         evaluate(hf, data=shards_copy, step=3)
 
 
