@@ -53,7 +53,7 @@ class Generator:
     def __init__(self, model: Llama, tokenizer: Tokenizer, max_rows: int = 32) -> None:
         if tokenizer.vocab_size > model.config.vocab_size:
             raise TokenizerError(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}",
+                f"The tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}",
                 "Use the tokenizer the model was trained with.",
             )
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
@@ -83,10 +83,10 @@ class Generator:
         vocab_size = self.tokenizer.vocab_size
         for tokens in prompts:
             if not tokens:
-                raise UserError("the prompt holds no token", "Give at least one token or some text.")
+                raise UserError("The prompt holds no token", "Give at least one token or some text.")
             if not 0 <= min(tokens) <= max(tokens) < vocab_size:
                 raise UserError(
-                    f"the prompt holds token ids outside the vocabulary of {vocab_size}",
+                    f"The prompt holds token ids outside the vocabulary of {vocab_size}",
                     f"Use ids from 0 to {vocab_size - 1}.",
                 )
 
@@ -96,7 +96,7 @@ class Generator:
         for tokens in prompts:
             if len(tokens) + new > max_seq_len:
                 raise UserError(
-                    f"the prompt has {len(tokens)} tokens and {new} more were asked for, but this model's context is "
+                    f"The prompt has {len(tokens)} tokens and {new} more were asked for, but this model's context is "
                     f"{max_seq_len} tokens",
                     "Shorten the prompt or ask for fewer tokens.",
                 )
@@ -137,5 +137,5 @@ def _push(
         if row.finished:
             continue
         if not math.isfinite(score):
-            raise NonFinite(f"the model gave a drawn token the log-probability {score}; its weights may be damaged")
+            raise NonFinite(f"The model gave a drawn token the log-probability {score}; its weights may be damaged")
         yield row.push(token, score, top)

@@ -152,10 +152,10 @@ def test_an_empty_list_of_prompts(generator):
     ("prompt", "max_tokens", "words"),
     [
         ([345], 1, "token ids outside the vocabulary of 340. Use ids from 0 to 339."),
-        ([], 1, "the prompt holds no token. Give at least one token or some text."),
-        ([1, 10_000], 1, "the prompt holds token ids outside the vocabulary of"),
+        ([], 1, "The prompt holds no token. Give at least one token or some text."),
+        ([1, 10_000], 1, "The prompt holds token ids outside the vocabulary of"),
         ([-1], 1, "Use ids from 0 to"),
-        ([5] * 90, 7, "the prompt has 90 tokens and 7 more were asked for, but this model's context is 96 tokens."),
+        ([5] * 90, 7, "The prompt has 90 tokens and 7 more were asked for, but this model's context is 96 tokens."),
         ([5] * 96, None, "Shorten the prompt or ask for fewer tokens."),
     ],
 )

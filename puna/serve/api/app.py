@@ -97,7 +97,7 @@ class Service:
 
     def _check_model(self, name: str) -> None:
         if name != self.model_name:
-            message = f"the model {name!r} is not here; this server has {self.model_name!r}"
+            message = f"The model {name!r} is not here; this server has {self.model_name!r}"
             raise ApiError(message, "model", "model_not_found", status=404)
 
     def _echo(self, prompt: str | list[int]) -> str:
@@ -142,9 +142,13 @@ class Reply:
     async def whole(self) -> Response:
         """The complete answer."""
         done = [Completion(index // self.ask.n, index % self.ask.n) for index in range(self.num_choices)]
-        async with aclosing(self._drawn()) as drawn:
-            async for index, delta in drawn:
-                done[index].push(delta)
+        try:
+            async with aclosing(self._drawn()) as drawn:
+                async for index, delta in drawn:
+                    done[index].push(delta)
+        except Exception as error:
+            log.exception("a request failed")
+            return _broken(error).response()
         choices = [self.answers.whole(index, one) for index, one in enumerate(done)]
         return Json({"object": self.answers.whole_kind, **self.head, "choices": choices, "usage": self.usage()})
 
@@ -205,7 +209,7 @@ async def _disconnected(request: Request) -> None:
 
 def _broken(error: Exception) -> ApiError:
     """What a client is told about a failure that is not its own."""
-    return ApiError(f"the server failed: {type(error).__name__}; its log says more", code="internal_error", status=500)
+    return ApiError(f"The server failed: {type(error).__name__}; its log says more", code="internal_error", status=500)
 
 
 async def _api_error(_: Request, error: Exception) -> Response:

@@ -17,7 +17,7 @@ class HostGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (host := _host(scope)) not in self.names:
-            message = f"this server does not answer to the host name {host!r}, only to {', '.join(sorted(self.names))}"
+            message = f"This server does not answer to the host name {host!r}, only to {', '.join(sorted(self.names))}"
             await ApiError(message, code="wrong_host", status=403).response()(scope, receive, send)
             return
         await self.app(scope, receive, send)

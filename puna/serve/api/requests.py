@@ -35,7 +35,7 @@ class Body(BaseModel):
     def read(cls, raw: Any, path: str = "") -> Self:
         """Raises ApiError, which names the field. null stands for a field that is not given."""
         if not isinstance(raw, dict):
-            raise ApiError(f"{path or 'the body'} must be a JSON object", path or None, "invalid_type")
+            raise ApiError(f"{path or 'The body'} must be a JSON object", path or None, "invalid_type")
         given = {name: value for name, value in raw.items() if value is not None and name not in cls.unused}
         for name in given.keys() & cls.neutral.keys():
             if given.pop(name) not in cls.neutral[name]:
@@ -51,7 +51,7 @@ class Body(BaseModel):
     def _unknown(cls, name: str, path: str) -> ApiError:
         near = get_close_matches(name, [*cls.model_fields, *cls.unused], n=1)
         hint = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(cls.model_fields)}"
-        return ApiError(f"unknown field {path}{name}; {hint}", path + name, "unknown_parameter")
+        return ApiError(f"Unknown field {path}{name}; {hint}", path + name, "unknown_parameter")
 
     @classmethod
     def _error(cls, error: Any, given: dict[str, Any], path: str) -> ApiError:
@@ -215,7 +215,7 @@ class ChatRequest(Sampling):
     def check(self) -> None:
         super().check()
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ApiError("give max_tokens or max_completion_tokens, not both", "max_tokens", "invalid_value")
+            raise ApiError("Give max_tokens or max_completion_tokens, not both", "max_tokens", "invalid_value")
         if self.top_logprobs is not None and not self.logprobs:
             raise ApiError("top_logprobs is given but logprobs is not true", "top_logprobs", "invalid_value")
 
@@ -227,13 +227,13 @@ def _unsupported(name: str, when: str = "") -> ApiError:
 async def json_body(request: Request) -> Any:
     """The parsed body. JSON must be declared: a foreign web page cannot send that type without asking first."""
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-        raise ApiError("send the body as JSON with the header Content-Type: application/json", status=415)
+        raise ApiError("Send the body as JSON with the header Content-Type: application/json", status=415)
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
         if len(data) > MAX_BODY_BYTES:
-            raise ApiError(f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large", status=413)
+            raise ApiError(f"The body is larger than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large", status=413)
     try:
         return json.loads(bytes(data))
     except (ValueError, RecursionError) as error:
-        raise ApiError(f"the body is not JSON: {error}", code="invalid_json") from None
+        raise ApiError(f"The body is not JSON: {error}", code="invalid_json") from None

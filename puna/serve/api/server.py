@@ -36,9 +36,9 @@ def serve(
         hosts = LOOPBACK | {shown.lower()} if is_loopback(listener) else None
         app = create_app(load(path, dtype), name, hosts)
         url = f"http://{shown}:{listener.getsockname()[1]}"
-        err.print(f"Serving {name} at {url} (chat page) and {url}/v1 (OpenAI-compatible). Ctrl-C ends it.")
+        err.print(f"Serving {name} at {url} (chat page) and {url}/v1 (OpenAI-compatible). Ctrl-C ends it.", soft_wrap=True)
         if not is_loopback(listener):
-            err.print(f"Everyone who can reach {host} can use it: there is no password.")
+            err.print(f"Everyone who can reach {host} can use it: there is no password.", soft_wrap=True)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
         try:
             uvicorn.Server(config).run(sockets=[listener])
@@ -59,7 +59,7 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise DeviceError(f"the host {host} is not known", "Use 127.0.0.1 for this machine alone.") from error
+        raise DeviceError(f"The host {host} is not known", "Use 127.0.0.1 for this machine alone.") from error
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -80,7 +80,7 @@ def _refused(host: str, port: int, error: OSError) -> DeviceError:
     if error.errno == errno.EADDRINUSE:
         with bind(host, 0) as free:
             other = free.getsockname()[1]
-        return DeviceError(f"port {port} of {host} is in use", f"Choose another, such as {other}, which is free now.")
+        return DeviceError(f"Port {port} of {host} is in use", f"Choose another, such as {other}, which is free now.")
     if error.errno == errno.EACCES:
-        return DeviceError(f"port {port} is not allowed for this user", "Choose one above 1023.")
-    return DeviceError(f"cannot listen on {host}: {error.strerror}", "Use 127.0.0.1, or an address of this machine.")
+        return DeviceError(f"Port {port} is not allowed for this user", "Choose one above 1023.")
+    return DeviceError(f"Cannot listen on {host}: {error.strerror}", "Use 127.0.0.1, or an address of this machine.")
