@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,21 +143,20 @@ def _write(
 ) -> None:
     """Second reading: the files of the corpus, renamed into place when all are whole."""
     where = {document.place: (document, FILES[int(out)]) for document, out in zip(kept, heldout, strict=True)}
-    parts = {name: open(out / f"{name}.tmp", "w", encoding="utf-8", newline="\n") for name in FILES}  # noqa: SIM115
-    for place, document in enumerate(track(source, "writing", source.num_documents)):
-        if place in removed:
-            row, name = {k: v for k, v in vars(removed[place]).items() if v}, "removed.jsonl"
-        else:
-            expected, name = where[place]
-            text, _ = judge(document.data, limits)
-            if exact_key(text) != expected.key:
-                raise DataError(f"{document.id} changed while it was read", "Build again when the source is at rest.")
-            row = {"id": document.id, "text": text}
-        parts[name].write(json.dumps(row, ensure_ascii=False) + "\n")
-    for file in parts.values():
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(out / f"{name}.tmp", "wb")) for name in FILES}
+        for place, document in enumerate(track(source, "writing", source.num_documents)):
+            if place in removed:
+                row, name = {k: v for k, v in vars(removed[place]).items() if v}, "removed.jsonl"
+            else:
+                (expected, name), (text, _) = where[place], judge(document.data, limits)
+                if exact_key(text) != expected.key:
+                    raise DataError(f"{document.id} changed while it was read", "Build again when it is at rest.")
+                row = {"id": document.id, "text": text}
+            files[name].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        for file in files.values():
+            file.flush()
+            os.fsync(file.fileno())
     for name in FILES:
         os.replace(out / f"{name}.tmp", out / name)
 

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +107,8 @@ def _read(path: Path, name: str) -> Iterator[Document]:
         else:
             with path.open("rb") as file:
                 yield Document(shown, file.read(MAX_BYTES + 1))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error})", "Mend it or take it out.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error})", "Mend it or take it out.") from error
 
 
 def _rows(path: Path, name: str) -> Iterator[Document]:
@@ -118,7 +119,7 @@ def _rows(path: Path, name: str) -> Iterator[Document]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield Document(f"{name}:{number}", _text(json.loads(line)).encode("utf-8", "surrogatepass"))
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         problem = f"Row {number} of {path} is not a JSON object with a string under the key text ({error})"
         raise DataError(problem, "Mend the row or take it out.") from error
 
