@@ -33,7 +33,7 @@ def main(directory: Path, minutes: float = 9.0) -> dict[str, Any]:
     """Run the whole job into `directory` within about `minutes`; returns what summary.json holds."""
     started = time.monotonic()
     directory.mkdir(parents=True, exist_ok=True)
-    corpus, tokenizer, shards = directory / "corpus", directory / "tokenizer", directory / "shards"
+    corpus, tokenizer, shards = (directory / "data" / name for name in ("corpus", "tokenizer.json", "shards"))
     err.rule("1. the standard library's source: read, filtered, deduplicated, split")
     _puna("corpus", "build", "--source", "stdlib", "--out", corpus)
     err.rule("2. a byte-level BPE tokenizer and token shards")
@@ -79,7 +79,7 @@ def _shown(words: tuple[object, ...] | list[object]) -> str:
 def _affordable_tokens(directory: Path, shards: Path, seconds: float) -> tuple[int, int]:
     """Tokens that training can do in `seconds`, from a short run's median rate, in whole steps; and the tokens of a step."""
     probe = directory / "probe"
-    words = ["train", "demo", "--run.dir", probe, "--data.path", shards, "--eval.tokens", 0, "--run.tensorboard", "false"]
+    words = ["train", "demo", "--run.dir", probe, "--data.path", shards, "--eval.every", 0, "--eval.tokens", 0, "--run.tensorboard", "false"]
     from puna.recipe import load
 
     batch_tokens = load("demo").recipe.train.batch_tokens

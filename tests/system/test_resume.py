@@ -1,0 +1,95 @@
+"""A pretraining run killed anywhere takes the path it would have taken; nothing unreadable and nobody is left behind."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from pretraining import losses, prepare, train, work
+from processes import finish, start
+
+from puna.train import checkpoint
+from puna.train.metrics import read_events
+
+STEPS = ("--train.tokens", "40960", "--checkpoint.every", "4", "--eval.tokens", "0")
+NUM_STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of two processes that nobody disturbs."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert train(run, shards, *STEPS, size=2) == [0, 0]
+    return losses(run)
+
+
+def killed(run: Path, rng: random.Random) -> bool:
+    """Start the run, SIGKILL some or all ranks at a random instant, and see the others end; False where it was done by then."""
+    processes = start(work, str(run), size=2, folder=run.parent)
+    deadline = time.monotonic() + 60
+    before = len(read_events(run))
+    patience = rng.choice(["steps", "checkpoint"])
+    wanted = before + rng.randint(3, 12)
+    while all(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if patience == "steps" and len(read_events(run)) >= wanted:
+            break
+        if patience == "checkpoint" and len(read_events(run)) > before + 3 and checkpoint.incomplete(run):
+            break
+        time.sleep(0.001)
+    pids = [process.pid for process in processes]
+    victims = processes if rng.random() < 0.5 else [rng.choice(processes)]
+    for process in victims:
+        process.kill()
+    codes = finish(processes, seconds=20)
+    assert not any(pid and Path(f"/proc/{pid}").exists() for pid in pids)
+    return codes != [0, 0]
+
+
+def kill_and_resume(num_kills: int, seed: int, run: Path, shards: Path, straight: list[float]) -> None:
+    rng = random.Random(seed)
+    prepare(run, shards, *STEPS)
+    kills = 0
+    while kills < num_kills and killed(run, rng):
+        kills += 1
+        for step in checkpoint.complete_steps(run):
+            checkpoint.verify(run, step)
+    assert finish(start(work, str(run), size=2, folder=run.parent)) == [0, 0]
+    assert kills
+    assert losses(run) == straight
+
+
+def test_five_kills(shards: Path, straight: list[float], tmp_path: Path) -> None:
+    kill_and_resume(5, 1, tmp_path / "run", shards, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_twenty_kills(seed: int, shards: Path, straight: list[float], tmp_path: Path) -> None:
+    kill_and_resume(5, seed, tmp_path / "run", shards, straight)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_another_number_of_processes(size: int, shards: Path, straight: list[float], tmp_path: Path) -> None:
+    """Saved by two processes, gone on with one or four: 1e-5 relative."""
+    run = tmp_path / "run"
+    processes = _stopped_half_way(run, shards)
+    assert processes == [4, 4]
+    assert train(run, shards, *STEPS, *(("--train.micro_batch", "2") if size == 4 else ()), size=size) == [0] * size
+    resumed = next(event for event in read_events(run) if event["event"] == "resume")
+    assert 0 < resumed["step"] < NUM_STEPS
+    assert (resumed["saved_world_size"], resumed["world_size"]) == (2, size)
+    assert losses(run) == pytest.approx(straight, rel=1e-5)
+
+
+def _stopped_half_way(run: Path, shards: Path) -> list[int | None]:
+    """SIGTERM after some steps: state is saved and the status says that work is left."""
+    prepare(run, shards, *STEPS)
+    processes = start(work, str(run), size=2, folder=run.parent)
+    while sum(event["event"] == "step" for event in read_events(run)) < 10:
+        assert all(process.is_alive() for process in processes)
+        time.sleep(0.005)
+    for process in processes:
+        os.kill(process.pid or 0, signal.SIGTERM)
+    return finish(processes)
