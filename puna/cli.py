@@ -152,7 +152,7 @@ def corpus_build(source: str, out: Path, heldout: float, near: float, seed: int,
 
 @corpus.command("tokenizer")
 @click.argument("folder", metavar="CORPUS", type=click.Path(path_type=Path))
-@click.option("--vocab-size", required=True, type=int, help="Tokens, the 256 special ones included.")
+@click.option("--vocab-size", required=True, type=int, help="Tokens, special ones included.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @as_json
 def corpus_tokenizer(folder: Path, vocab_size: int, out: Path, as_json: bool) -> None:
