@@ -225,7 +225,7 @@ PANELS: list[Panel] = []
 
 
 def panel(title: str, *, wide: bool = False) -> Callable[[Draw], Draw]:
-    """Register a function from a run's records to HTML as the page's next panel."""
+    """Register a function from a run's records to HTML as the page's next panel; one that gives "" is left out."""
 
     def register(draw: Draw) -> Draw:
         PANELS.append(Panel(title, draw, wide))
@@ -370,13 +370,13 @@ def samples(records: Records) -> str:
 
 @panel("Summary", wide=True)
 def summary(records: Records) -> str:
-    """The machine-readable result, for people."""
-    return pairs(records.summary) if records.summary else absent("This run has no summary.json.")
+    """The machine-readable result, for people; only the main job writes one."""
+    return pairs(records.summary) if records.summary else ""
 
 
 @panel("Recipe", wide=True)
 def recipe(records: Records) -> str:
-    """Every setting with the layer that set it; those that somebody chose come first."""
+    """Every setting with the layer that set it: flags, then what the recipe chose, then defaults."""
     if not records.recipe:
         return absent("This run has no recipe.json.")
     chosen: list[tuple[str, str, str]] = []
@@ -385,6 +385,7 @@ def recipe(records: Records) -> str:
         layer = str(entry.get("layer", "unknown")) if isinstance(entry, dict) else "unknown"
         row = (f"<code>{escape(key)}</code>", text(records.setting(key)), escape(layer))
         (defaults if layer == "default" else chosen).append(row)
+    chosen.sort(key=lambda row: row[2] != "flag")
     head = ("setting", "value", "set by")
     shown = table(head, chosen) if chosen else absent("Every setting has its default.")
     return shown + (
@@ -488,6 +489,8 @@ def _section(part: Panel, records: Records) -> str:
         body = part.draw(records)
     except Exception as error:  # a page with a hole is worth more than no page
         body = absent(f"This panel could not be drawn: {type(error).__name__}: {error}.")
+    if not body:
+        return ""
     return f'<section class="{"wide" if part.wide else "half"}"><h2>{escape(part.title)}</h2>{body}</section>\n'
 
 
