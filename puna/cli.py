@@ -15,7 +15,8 @@ from puna import __version__
 from puna.errors import PunaError
 
 EXTRAS = {
-    "train": ("torch", "safetensors", "tiktoken", "sentencepiece", "tokenizers", "tensorboard", "matplotlib", "psutil"),
+    "data": ("tokenizers",),
+    "train": ("torch", "safetensors", "tiktoken", "sentencepiece", "tensorboard"),
     "serve": ("fastapi", "uvicorn"),
     "demo": ("transformers", "openai"),
 }

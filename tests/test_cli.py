@@ -268,7 +268,7 @@ def test_a_file_that_cannot_be_opened(puna, monkeypatch):
     [
         ("torch", "train", ["train", "tiny"]),
         ("torch", "train", ["generate", "some", "--prompt", "x"]),
-        ("tokenizers", "train", ["corpus", "tokenizer", "some", "--vocab-size", "512", "--out", "t.json"]),
+        ("tokenizers", "data", ["corpus", "tokenizer", "some", "--vocab-size", "512", "--out", "t.json"]),
         ("uvicorn", "serve", ["serve", "some"]),
     ],
 )
