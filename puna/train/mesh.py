@@ -51,7 +51,14 @@ def open_mesh(run: RunConfig, config: MeshConfig) -> Iterator[Mesh]:
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     join_group(rank, size, device)
-    yield Mesh(device, rank, size, sizes, init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES))
+    devices = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
+    try:
+        yield Mesh(device, rank, size, sizes, devices)
+    except BaseException:
+        # Ranks may be gone: taking a group of several down would wait for them, and the process ends anyway.
+        if size == 1:
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
 
 

@@ -2,22 +2,22 @@
 
 import importlib.util
 import inspect
-import multiprocessing
 import os
 import traceback
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from processes import context
+
 SIZE = 4
+SECONDS = 60
 
 
 class Ranks:
     """`ranks(function, *arguments)` runs it on every rank and returns the results by rank."""
 
     def __init__(self, folder: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["puna.train.checkpoint"])
         self.ends, self.processes = [], []
         for rank in range(SIZE):
             here, there = context.Pipe()
@@ -29,16 +29,22 @@ class Ranks:
     def __call__(self, function: Any, *arguments: Any) -> list[Any]:
         for end in self.ends:
             end.send((inspect.getsourcefile(function), function.__name__, arguments))
-        answers = [end.recv() for end in self.ends]
-        for rank, (failed, answer) in enumerate(answers):
-            assert not failed, f"rank {rank}: {answer}"
-        return [answer for _, answer in answers]
+        answers: dict[int, Any] = {}
+        waiting = dict(enumerate(self.ends))
+        while waiting:
+            ready = wait(list(waiting.values()), SECONDS)
+            for rank in [rank for rank, end in waiting.items() if end in ready]:
+                failed, answers[rank] = waiting.pop(rank).recv()
+                assert not failed, f"rank {rank}: {answers[rank]}"
+            assert ready, f"ranks {sorted(waiting)} do not answer"
+        return [answers[rank] for rank in range(SIZE)]
 
     def close(self) -> None:
         for end in self.ends:
             end.send(None)
         for process in self.processes:
-            process.join(10)
+            process.join(2)
+            process.kill()
 
 
 def serve(end: Connection, rank: int, store: str) -> None:

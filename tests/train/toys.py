@@ -1,5 +1,8 @@
-"""Three toy tasks: an autograd task, a table whose rows change each unit, two models in two phases."""
+"""Three toy tasks (autograd, a table whose rows change each unit, two models in two phases) and how to run them."""
 
+import os
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from puna.train import mesh
+from puna.train.config import CheckpointConfig, EvalConfig, LoopConfig, MeshConfig, RunConfig
+from puna.train.loop import Run
 from puna.train.optim import Average
 from puna.train.order import permute
 from puna.train.rows import RowStore
@@ -52,17 +57,19 @@ def batches(
     return [Batch(*samples(part), weight=len(part), ids=part.tolist(), phase=phase) for part in mine]
 
 
-def network(seed: int, width: int = 8) -> nn.Sequential:
+def network(seed: int, width: int = 8, dropout: float = 0.1) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Dropout(0.1), nn.Linear(width, 1))
+    return nn.Sequential(nn.Linear(WIDTH, width), nn.Tanh(), nn.Dropout(dropout), nn.Linear(width, 1))
 
 
 class Regression(GradientTask):
     """Autograd: a small network with dropout (so that the random numbers of a step matter)."""
 
-    def __init__(self, num_units: int = 12, num_micro: int = 2, *, sharded: bool = False, seed: int = 3) -> None:
+    def __init__(
+        self, num_units: int = 12, num_micro: int = 2, *, sharded: bool = False, seed: int = 3, dropout: float = 0.1
+    ) -> None:
         self.num_units, self.num_micro, self.seed = num_units, num_micro, seed
-        model = network(seed)
+        model = network(seed, dropout=dropout)
         if sharded:
             fully_shard(model[0])
             fully_shard(model)
@@ -147,3 +154,62 @@ class TwoPhases(GradientTask):
         with torch.no_grad():
             wanted = self.modules["teacher"](batch.inputs)
         return (self.modules["student"](batch.inputs) - wanted).square().sum()
+
+
+def make(kind: str, run: str, num_units: int) -> Task:
+    if kind == "table":
+        return Table(run, num_units)
+    if kind == "phases":
+        return TwoPhases(num_units, sharded=mesh.world_size() > 1)
+    return Regression(num_units, sharded=True, dropout=0.0 if kind == "plain" else 0.1)
+
+
+def train(kind: str, run: str, num_units: str = "12", every: str = "2", crash: str = "", delay: str = "0") -> None:
+    """Run a toy task to its end; words only, so that a launcher can call it. crash: see `arm`."""
+    torch.set_num_threads(1)
+    config = LoopConfig(
+        run=RunConfig(seed=1, device="cpu", tensorboard=False),
+        checkpoint=CheckpointConfig(every=int(every)),
+        eval=EvalConfig(every=5),
+    )
+    with mesh.open_mesh(config.run, MeshConfig()):
+        task = make(kind, run, int(num_units))
+        if crash and mesh.rank() == int(crash.split(":")[2]):
+            arm(task, *crash.split(":")[:2])
+        slow_down(task, float(delay))
+        Run(task, run, config).go()
+
+
+def slow_down(task: Task, seconds: float) -> None:
+    step = task.step
+
+    def slow(unit: object) -> StepReport:
+        time.sleep(seconds)
+        return step(unit)
+
+    task.step = slow
+
+
+def arm(task: Task, where: str, when: str) -> None:
+    """SIGKILL this process at the `when`-th call: of step, of os.fsync, or just before or after an os.replace."""
+    if where == "step":
+        task.step = _fatal(task.step, int(when), before=True)
+    else:
+        name, _, side = where.partition("-")
+        setattr(os, name, _fatal(getattr(os, name), int(when), before=side != "after"))
+
+
+def _fatal(act: object, when: int, before: bool) -> object:
+    calls = 0
+
+    def acting(*words: object, **named: object) -> object:
+        nonlocal calls
+        calls += 1
+        if before and calls == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = act(*words, **named)
+        if calls == when:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    return acting
