@@ -3,8 +3,10 @@ import torch
 
 from puna.engine.generator import Generator
 from puna.engine.params import SamplingParams
+from puna.engine.row import Row
 from puna.errors import NonFinite, TokenizerError, UserError
 from puna.llama.model import Llama
+from puna.llama.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0)
 
@@ -142,6 +144,32 @@ def test_weights_may_change_between_calls(model, tokenizer, prompts):
     before = generator.generate(prompts, params=GREEDY)
     live.init_weights(seed=3)
     assert [one.tokens for one in generator.generate(prompts, params=GREEDY)] != [one.tokens for one in before]
+
+
+def test_only_the_model_runs_in_inference_mode(model, tokenizer, prompts):
+    class Watched(Llama):
+        """Notes the mode of every forward."""
+
+        def logits(self, hidden, rows=None):
+            modes.append(torch.is_inference_mode_enabled())
+            return super().logits(hidden, rows)
+
+    modes, outside = [], []
+    watched = Watched(model.config)
+    watched.load_state_dict(model.state_dict())
+    for _ in Generator(watched, tokenizer).stream(prompts[:1], params=GREEDY):
+        outside.append(torch.is_inference_mode_enabled())
+    assert set(modes) == {True}
+    assert set(outside) == {False}
+
+
+def test_sentencepiece_text_goes_on_where_the_prompt_ends(data_dir):
+    llama2 = Tokenizer.load(data_dir / "tok-llama2")
+    params, ids = SamplingParams(4), llama2.encode("high plateau", bos=True)
+    after_text = Row(0, 0, ids[:2], 4, params, llama2)
+    assert "".join(after_text.push(token, 0.0, []).text for token in ids[2:]) == llama2.decode(ids[2:], continuing=True)
+    after_control = Row(0, 0, ids[:1], 4, params, llama2)
+    assert "".join(after_control.push(token, 0.0, []).text for token in ids[1:]) == "high plateau"
 
 
 def test_an_empty_list_of_prompts(generator):

@@ -4,8 +4,12 @@ import json
 
 import pytest
 
+from puna.engine.generator import Completion
 from puna.engine.params import SamplingParams
+from puna.engine.row import Row
 from puna.llama.dialog import Message, render
+from puna.llama.tokenizer import Tokenizer
+from puna.serve.api.answers import ChatAnswers
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who eats grass?"}]
 ASK = {"model": "tiny", "messages": MESSAGES, "temperature": 1, "seed": 4, "max_tokens": 12}
@@ -109,6 +113,19 @@ def test_several_answers_in_one_stream(client):
     assert texts == [choice.message.content for choice in whole.choices]
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert roles == [1, 1, 1]
+
+
+def test_an_answer_of_a_sentencepiece_model_does_not_begin_with_its_space(data_dir):
+    llama2 = Tokenizer.load(data_dir / "tok-llama2")
+    row = Row(0, 0, llama2.encode("[/INST]"), 9, SamplingParams(9), llama2)
+    deltas = [row.push(token, 0.0, []) for token in llama2.encode("high  plateau")]
+    whole, stream = Completion(0, 0), ChatAnswers(llama2, None)
+    for delta in deltas:
+        whole.push(delta)
+    assert whole.text == " high  plateau"
+    assert ChatAnswers(llama2, None).whole(0, whole)["message"]["content"] == "high  plateau"
+    pieces = [choice["delta"]["content"] for delta in deltas for choice in stream.pieces(0, delta)]
+    assert "".join(pieces) == "high  plateau"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -17,7 +17,7 @@ import pytest
 
 from puna.engine.generator import Generator
 from puna.engine.params import SamplingParams
-from puna.errors import CheckpointError, DeviceError
+from puna.errors import DeviceError
 from puna.llama import hub
 from puna.serve.api.server import bind, serve
 from puna.serve.api.worker import Worker
@@ -52,12 +52,6 @@ def test_an_address_of_another_machine():
         bind("192.0.2.1", 0)
 
 
-def test_a_folder_without_tokenizer(tmp_path, generator):
-    hub.save(generator.model.state_dict(), generator.model.config, tmp_path / "model")
-    with pytest.raises(CheckpointError, match=r"model holds no tokenizer\. Put its tokenizer\.json"):
-        serve(tmp_path / "model", port=0)
-
-
 def test_a_hugging_face_folder_is_served_until_interrupted(tmp_path, generator):
     folder = tmp_path / "my-model"
     generator.tokenizer.save(tmp_path / "tokenizer")
@@ -76,6 +70,10 @@ def test_a_hugging_face_folder_is_served_until_interrupted(tmp_path, generator):
             except httpx.ConnectError:
                 assert process.poll() is None
                 time.sleep(0.05)
+        ask = {"model": "my-model", "prompt": "x", "max_tokens": 2}
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=ask).status_code == 200
+        told = process.stderr.readline()
+        assert re.search(r" text_completion: 2 \+ [12] tokens, first after \d+\.\d\d s, done", told)
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
         assert process.stderr.read().endswith("Stopped.\n")

@@ -176,10 +176,19 @@ class Reply:
         return f"data: {json.dumps(chunk)}\n\n"
 
     async def _drawn(self) -> AsyncGenerator[tuple[int, Delta], None]:
-        async with aclosing(self.worker.stream(self.prompts, self.ask.n, self.ask.params())) as deltas:
-            async for delta in deltas:
-                self.num_drawn += 1
-                yield delta.prompt * self.ask.n + delta.sample, delta
+        asked = time.monotonic()
+        first, outcome = asked, "given up"
+        try:
+            async with aclosing(self.worker.stream(self.prompts, self.ask.n, self.ask.params())) as deltas:
+                async for delta in deltas:
+                    first = first if self.num_drawn else time.monotonic()
+                    self.num_drawn += 1
+                    yield delta.prompt * self.ask.n + delta.sample, delta
+            outcome = "done"
+        finally:
+            counts = f"{sum(map(len, self.prompts))} + {self.num_drawn} tokens"
+            times = f"first after {first - asked:.2f} s, {outcome} after {time.monotonic() - asked:.2f} s"
+            log.info("%s: %s, %s", self.answers.whole_kind, counts, times)
 
 
 @contextmanager

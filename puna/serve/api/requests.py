@@ -1,6 +1,7 @@
 """What clients may ask: OpenAI's requests, as far as they are supported, and a clear answer to everything else."""
 
 import json
+from abc import ABC, abstractmethod
 from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -74,7 +75,7 @@ Stop = Annotated[str, Field(min_length=1)]
 Ids = Annotated[list[int], Field(min_length=1)]
 
 
-class Sampling(Body):
+class Sampling(Body, ABC):
     """What both kinds of request have in common; defaults are OpenAI's."""
 
     unused: ClassVar = UNUSED
@@ -97,14 +98,14 @@ class Sampling(Body):
         return StreamOptions.read(self.stream_options or {}, "stream_options.").include_usage
 
     @property
+    @abstractmethod
     def num_top(self) -> int | None:
         """Alternatives to report a token; None: no log-probabilities at all."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def max_new(self) -> int | None:
         """Tokens to draw at most; None: up to the end of the context."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Rules between fields. Raises ApiError."""
@@ -124,7 +125,7 @@ class CompletionRequest(Sampling):
     neutral: ClassVar = NEUTRAL | {"best_of": (1,), "suffix": ("",)}
 
     prompt: str | list[str] | Ids | list[Ids] = Field(
-        description="a string, a list of strings, a list of token ids, or a list of such lists", min_length=0
+        description="a string, a list of strings, a list of token ids, or a list of such lists"
     )
     max_tokens: int = Field(16, ge=1, description="an integer of at least 1")
     logprobs: int | None = Field(None, ge=0, le=5, description="an integer from 0 to 5")

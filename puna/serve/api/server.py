@@ -1,57 +1,46 @@
 """From a path to a running server."""
 
 import errno
+import logging
 import socket
 from pathlib import Path
 
-import torch
 import uvicorn
 
 from puna.console import err
-from puna.engine.generator import Generator
-from puna.errors import CheckpointError, DeviceError
-from puna.llama import hub
-from puna.llama.tokenizer import Tokenizer
+from puna.engine.load import load
+from puna.errors import DeviceError
 from puna.serve.api.app import create_app
 from puna.serve.api.hosts import LOOPBACK
-from puna.train.mesh import choose_device
 
 SHUTDOWN_SECONDS = 5
 
 
-def serve(
-    path: str | Path, host: str = "127.0.0.1", port: int = 8000, name: str | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
+def serve(path: str | Path, host: str = "127.0.0.1", port: int = 8000, name: str | None = None) -> None:
     """Serves the model at `path` (a Hugging Face folder or a run directory) until it is interrupted.
 
-    port 0: any free one. name: what clients ask for; else the folder's name. dtype: else that of the file. The port is
-    taken before the model is loaded. Raises DeviceError where the port or host cannot be had, CheckpointError and
-    TokenizerError for what is wrong at `path`.
+    port 0: any free one. name: what clients ask for; else the folder's name. The port is taken before the model is
+    loaded. Raises DeviceError where the port or host cannot be had, CheckpointError and TokenizerError for what is
+    wrong at `path`.
     """
     path = Path(path)
     with bind(host, port) as listener:
         name = name or path.resolve().name
         shown = f"[{host}]" if ":" in host else host
         hosts = LOOPBACK | {shown.lower()} if is_loopback(listener) else None
-        app = create_app(load(path, dtype), name, hosts)
+        app = create_app(load(path), name, hosts)
         url = f"http://{shown}:{listener.getsockname()[1]}"
-        err.print(f"Serving {name} at {url} (chat page) and {url}/v1 (OpenAI-compatible). Ctrl-C ends it.", soft_wrap=True)
+        said = f"Serving {name} at {url} (chat page) and {url}/v1 (OpenAI-compatible). Ctrl-C ends it."
+        err.print(said, soft_wrap=True, markup=False)
         if not is_loopback(listener):
             err.print(f"Everyone who can reach {host} can use it: there is no password.", soft_wrap=True)
+        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        logging.getLogger("puna").setLevel(logging.INFO)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
         try:
             uvicorn.Server(config).run(sockets=[listener])
         except KeyboardInterrupt:
             err.print("Stopped.")
-
-
-def load(path: Path, dtype: torch.dtype | None) -> Generator:
-    """The model and tokenizer at `path`, ready to generate; on CUDA where there is one."""
-    model, _, tokenizer_dir = hub.load(path, dtype)
-    if tokenizer_dir is None:
-        raise CheckpointError(f"{path} holds no tokenizer", "Put its tokenizer.json or tokenizer.model there.")
-    return Generator(model.to(choose_device("auto")), Tokenizer.load(tokenizer_dir))
 
 
 def bind(host: str, port: int) -> socket.socket:
