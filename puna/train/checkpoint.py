@@ -344,13 +344,18 @@ def _other_state(run: Path, manifest: Manifest, names: set[str]) -> CheckpointEr
 
 
 class _Reader(dcp.FileSystemReader):
-    """DCP's reader, whose index is a pickle: this one builds only what an index is made of."""
+    """DCP's reader, whose index is a pickle: this one builds only what an index is made of. Raises CheckpointError."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        with (folder / ".metadata").open("rb") as file:
+            self._index: Metadata = _IndexUnpickler(file).load()
 
     def read_metadata(self, *words: Any, **named: Any) -> Metadata:
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata = _IndexUnpickler(file).load()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+        """The index, read before DCP could wrap what is wrong with it."""
+        assert self._index.storage_meta is not None
+        self._index.storage_meta.load_id = self.load_id
+        return self._index
 
 
 class _IndexUnpickler(pickle.Unpickler):
