@@ -77,17 +77,26 @@ def _cut_torn_line(path: Path) -> None:
 
 
 class Board:
-    """TensorBoard files under RUN/tensorboard: a scalar for every number of a step or evaluation."""
+    """TensorBoard files under RUN/tensorboard: a scalar for every number of a step or evaluation.
+
+    One event a step rather than one a scalar, which is what SummaryWriter would make of it.
+    """
 
     def __init__(self, run: Path, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from torch.utils.tensorboard import FileWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._summary = Summary
+        self._writer = FileWriter(str(run / "tensorboard"))
+        self._writer.add_event(Event(file_version="brain.Event:2"), step)
+        # Points after this step come from a process that was killed; TensorBoard drops them.
+        self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
 
     def write(self, prefix: str, step: int, numbers: Mapping[str, float]) -> None:
         """One point on each curve."""
-        for name, value in numbers.items():
-            self._writer.add_scalar(f"{prefix}/{name}", value, step)
+        values = [self._summary.Value(tag=f"{prefix}/{name}", simple_value=value) for name, value in numbers.items()]
+        self._writer.add_summary(self._summary(value=values), step)
 
     def close(self) -> None:
         """Write what is buffered."""

@@ -144,6 +144,7 @@ class GradientTask(Task):
         self._names = {p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()}
         self._groups = [(group, group["lr"]) for opt in optimizers.values() for group in opt.param_groups]
         self._parameters = [p for group, _ in self._groups for p in group["params"] if p.requires_grad]
+        self._shares = {p: math.sqrt(sharded_over(p) / mesh.world_size()) for p in self._parameters}
         for parameter in self._parameters:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
@@ -236,7 +237,7 @@ class GradientTask(Task):
         """
         trained = [p for p in self._parameters if p.grad is not None]
         norms = torch._foreach_norm([local(p.grad) for p in trained])
-        shares = [math.sqrt(sharded_over(p) / mesh.world_size()) for p in trained]
+        shares = [self._shares[p] for p in trained]
         squares = torch.stack(torch._foreach_mul(norms, shares)).double().square().sum()
         totals = torch.stack([torch.stack(losses).double().sum(), squares])
         if dist.is_initialized():
