@@ -1,5 +1,7 @@
 """Keys and values of earlier tokens, kept for decoding."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -10,10 +12,10 @@ from puna.llama.config import LlamaConfig
 
 
 class Cache(Protocol):
-    """What the model asks of a cache: given where the new tokens stand, a back end that stores and attends."""
+    """What the model asks of a cache: given where the new tokens stand, a back end a layer that stores and attends."""
 
-    def attend(self, positions: Tensor, mask: Mask) -> Attend:
-        """Back end for new tokens at absolute positions (B, L)."""
+    def attend(self, positions: Tensor, mask: Mask) -> Callable[[int], Attend]:
+        """Layer -> back end for new tokens at absolute positions (B, L)."""
         ...
 
 
@@ -32,7 +34,7 @@ class DenseCache:
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.max_len = max_len
 
-    def attend(self, positions: Tensor, mask: Mask) -> Attend:
+    def attend(self, positions: Tensor, mask: Mask) -> Callable[[int], Attend]:
         """Raises IndexError where a position is beyond `max_len`, ValueError for a mask of documents."""
         if mask.documents is not None:
             raise ValueError("a cache holds one document a row; Mask.documents has no meaning with it")
@@ -47,4 +49,4 @@ class DenseCache:
             self.values[layer, rows, positions] = value
             return sdpa(query, self.keys[layer, :, :num_keys], self.values[layer, :, :num_keys], seen=seen)
 
-        return attend
+        return lambda layer: partial(attend, layer)

@@ -36,9 +36,9 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: LlamaConfig, index: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.index, self.head_dim = index, config.head_dim
+        self.head_dim = config.head_dim
         query_dim, key_dim = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, query_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, key_dim, bias=False)
@@ -48,7 +48,7 @@ class Attention(nn.Module):
     def forward(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
         projections = (self.q_proj, self.k_proj, self.v_proj)
         query, key, value = (project(hidden).unflatten(-1, (-1, self.head_dim)) for project in projections)
-        mixed = attend(self.index, rotary.turn(query), rotary.turn(key), value)
+        mixed = attend(rotary.turn(query), rotary.turn(key), value)
         return self.o_proj(mixed.flatten(-2))
 
 
@@ -68,10 +68,10 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward, each behind a norm and added to the residual stream."""
 
-    def __init__(self, config: LlamaConfig, index: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config, index)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
@@ -91,7 +91,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleDict({str(index): Block(config, index) for index in range(config.num_layers)})
+        self.layers = nn.ModuleDict({str(index): Block(config) for index in range(config.num_layers)})
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
     def forward(
@@ -110,18 +110,22 @@ class Trunk(nn.Module):
         if positions is None:
             positions = torch.arange(hidden.shape[1], device=hidden.device)
         rotary = Rotary.at(positions, self.config, hidden.dtype)
-        if cache is None:
-            attend = mask.attend(hidden.shape[1], hidden.device)
-        else:
-            attend = cache.attend(positions.expand(hidden.shape[:2]), mask)
+        attend_in = back_ends(hidden, mask, positions, cache)
         for name, block in self.layers.items():
             if layer == int(name):
                 return hidden
             if between is not None:
                 hidden = between(int(name), hidden)
-            hidden = block(hidden, rotary, attend)
+            hidden = block(hidden, rotary, attend_in(int(name)))
         return self.norm(hidden) if layer is None else hidden
 
+
+def back_ends(hidden: Tensor, mask: Mask, positions: Tensor, cache: Cache | None) -> Callable[[int], Attend]:
+    """Layer -> attention back end for one forward of hidden states (B, L, D); without a cache all layers share it."""
+    if cache is not None:
+        return cache.attend(positions.expand(hidden.shape[:2]), mask)
+    attend = mask.attend(hidden.shape[1], hidden.device)
+    return lambda layer: attend
 
 
 class Llama(nn.Module):

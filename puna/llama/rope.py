@@ -30,7 +30,7 @@ def scaled(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Rotary:
-    """Cosines and sines of the positions of one forward, (1 or B, L, 1, head_dim / 2).
+    """Cosines and signed sines of the positions of one forward, (1 or B, L, 1, head_dim).
 
     Not a pair of tensors, so that mixed-precision wrappers leave its float32 alone.
     """
@@ -45,7 +45,8 @@ class Rotary:
         frequencies = inverse_frequencies(config, exact, positions.device)
         angles = (positions.to(exact)[..., None] * frequencies).unsqueeze(-2)
         angles = angles if angles.dim() == 4 else angles.unsqueeze(0)
-        return cls(angles.cos(), angles.sin())
+        cos, sin = angles.cos(), angles.sin()
+        return cls(torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
 
     def turn(self, heads: Tensor) -> Tensor:
         """Queries or keys (B, L, heads, head_dim), each channel pair (i, i + head_dim / 2) turned by its angle."""
@@ -67,5 +68,5 @@ class _Turn(torch.autograd.Function):
 
 
 def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(heads.dtype)
+    partners = heads.roll(heads.shape[-1] // 2, dims=-1)
+    return (heads * cos).addcmul_(partners, sin).to(heads.dtype)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from puna.llama.attention import Mask, by_document, sdpa, segment_lengths
+from puna.llama import attention
+from puna.llama.attention import Mask, by_document, sdpa, segment_lengths, tiles
 
 DOCUMENTS = torch.tensor([[4, 4, 4, 5, 5, 6, 6, 6, 6, 6], [1, 1, 1, 1, 1, 1, 1, 1, 2, 9]])
 
@@ -47,17 +48,50 @@ def rule(mask, rows=2, length=10):
 def test_every_mask_equals_attention_written_out_with_gradients(mask):
     inputs = heads()
     grad = torch.randn_like(inputs[0])
-    mixed = mask.attend(10, torch.device("cpu"))(0, *inputs)
+    mixed = mask.attend(10, torch.device("cpu"))(*inputs)
     wanted = by_hand(*inputs, rule(mask))
     torch.testing.assert_close(mixed, wanted)
     gradients = torch.autograd.grad(mixed, inputs, grad)
     torch.testing.assert_close(gradients, torch.autograd.grad(wanted, inputs, grad))
 
 
+@pytest.mark.parametrize("tile", [1, 2, 3, 100])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_gradients_do_not_depend_on_the_tile(tile, num_kv_heads, monkeypatch):
+    inputs, mask = heads(num_kv_heads=num_kv_heads), Mask(documents=DOCUMENTS)
+    grad = torch.randn_like(inputs[0])
+    wanted = torch.autograd.grad(by_hand(*inputs, rule(mask)), inputs, grad)
+    monkeypatch.setattr(attention, "TILE", tile)
+    mixed = mask.attend(10, torch.device("cpu"))(*inputs)
+    torch.testing.assert_close(torch.autograd.grad(mixed, inputs, grad), wanted)
+
+
+@pytest.mark.parametrize("length", [1, 7, 128, 129, 1000])
+def test_tiles_cover_the_triangle_once(length):
+    covered = torch.zeros(length, length, dtype=torch.long)
+    for rows, columns in tiles(0, length):
+        square = torch.ones(rows.stop - rows.start, columns.stop - columns.start, dtype=torch.long)
+        covered[rows, columns] += square.tril() if rows == columns else square
+    assert torch.equal(covered, torch.ones_like(covered).tril())
+
+
+def test_bfloat16_is_near_float32():
+    inputs = heads(dtype=torch.float32)
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
+    grad = torch.randn_like(inputs[0])
+    mixed, attend = [], by_document([13, 7])
+    for each in (inputs, halves):
+        out = attend(*each)
+        mixed.append([out, *torch.autograd.grad(out, each, grad.to(out.dtype))])
+    for exact, half in zip(*mixed, strict=True):
+        assert half.dtype == torch.bfloat16
+        torch.testing.assert_close(half.float(), exact, atol=0.05, rtol=0.05)
+
+
 def test_by_document_equals_the_explicit_mask():
     inputs = heads()
     explicit = sdpa(*inputs, seen=Mask(documents=DOCUMENTS).visible(torch.arange(10)[None], 10))
-    torch.testing.assert_close(by_document(segment_lengths(DOCUMENTS))(0, *inputs), explicit)
+    torch.testing.assert_close(by_document(segment_lengths(DOCUMENTS))(*inputs), explicit)
 
 
 def test_segments_end_at_rows_even_if_ids_go_on():

@@ -124,17 +124,18 @@ def test_parity_notices_another_configuration(style, mutate: Callable, dtype):
 
 def turned_in_adjacent_pairs(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = heads[..., ::2], heads[..., 1::2]
+    cos, sin = cos[..., :16], sin[..., 16:]
     return torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
 
 
-def attention_with_interleaved_groups(attend: Callable) -> Callable:
+def with_interleaved_groups(flash: Callable) -> Callable:
     """Query head h on key head h % K in place of h // (H / K)."""
 
-    def attend_otherwise(query: Tensor, key: Tensor, value: Tensor, **rules: object) -> Tensor:
-        times = (1, 1, query.shape[2] // key.shape[2], 1)
-        return attend(query, key.repeat(times), value.repeat(times), **rules)
+    def flash_otherwise(query: Tensor, key: Tensor, value: Tensor, *rules: object) -> tuple[Tensor, Tensor]:
+        times = (1, query.shape[1] // key.shape[1], 1, 1)
+        return flash(query, key.repeat(times), value.repeat(times), *rules)
 
-    return attend_otherwise
+    return flash_otherwise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -145,7 +146,7 @@ def test_parity_notices_another_layout(mutation, dtype, monkeypatch):
     if mutation == "adjacent pairs":
         monkeypatch.setattr(rope, "_turned", turned_in_adjacent_pairs)
     elif mutation == "interleaved groups":
-        monkeypatch.setattr(attention, "sdpa", attention_with_interleaved_groups(attention.sdpa))
+        monkeypatch.setattr(attention, "flash", with_interleaved_groups(attention.flash))
     else:
         weight = model.model.layers["1"].self_attn.k_proj.weight
         weight.copy_(weight.view(2, 32, 64).flip(0).reshape(64, 64))
