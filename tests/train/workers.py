@@ -40,7 +40,8 @@ def fail(how: str, who: str) -> None:
 
 
 def launch_sleepers(folder: str) -> None:
-    """A launcher, to be killed."""
+    """A launcher, to be killed. Its process has the environment of the fork server, whichever test started that."""
     from puna.train.launch import launch
 
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     launch("workers:sleep", [folder], 2, Path(folder))
