@@ -225,6 +225,8 @@ class Tokenizer:
             if isinstance(form, _Json) and config.is_file():
                 files[config.name] = config.read_bytes()
             return cls(form, files)
+        except ImportError:
+            raise
         except Exception as error:  # three libraries raise whatever they like at a damaged file
             raise TokenizerError(f"The tokenizer file {file} cannot be used: {error}", _FIX) from error
 
