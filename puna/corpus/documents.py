@@ -13,14 +13,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from puna.errors import DataError
 
-MAX_BYTES = 4 << 20  # what is read of one document; the filter `too_long` removes those that have more
+MAX_BYTES = 64 << 20  # what is read of one document; the filter `too_long` removes those that have more
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 STDLIB_SKIPPED_FOLDERS = SKIPPED_FOLDERS | {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-_FIX = "Give a folder of text or code files, a .txt, .md, .jsonl or .jsonl.gz file, or the name stdlib."
+_FIX = "Give a folder of text or code files, a .txt, .md or .jsonl file (.gz too), or the name stdlib."
 
 
 @dataclass(frozen=True)
@@ -105,23 +105,26 @@ def _read(path: Path, name: str) -> Iterator[Document]:
         if name.endswith((".jsonl", ".jsonl.gz")):
             yield from _rows(path, shown)
         else:
-            with path.open("rb") as file:
+            with _opened(path) as file:
                 yield Document(shown, file.read(MAX_BYTES + 1))
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read ({error})", "Mend it or take it out.") from error
 
 
 def _rows(path: Path, name: str) -> Iterator[Document]:
-    opener = gzip.open if name.endswith(".gz") else open
     number = 0
     try:
-        with opener(path, "rb") as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield Document(f"{name}:{number}", _text(json.loads(line)).encode("utf-8", "surrogatepass"))
     except ValueError as error:
         problem = f"Row {number} of {path} is not a JSON object with a string under the key text ({error})"
         raise DataError(problem, "Mend the row or take it out.") from error
+
+
+def _opened(path: Path) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
 def _text(row: Any) -> str:

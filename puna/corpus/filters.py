@@ -18,7 +18,7 @@ class Limits(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     min_chars: Annotated[int, Field(ge=1)] = 64  # without leading and trailing space
-    max_bytes: Annotated[int, Field(ge=1, le=MAX_BYTES)] = 2 << 20
+    max_bytes: Annotated[int, Field(ge=1, le=MAX_BYTES)] = 8 << 20
     max_control_share: Annotated[float, Field(ge=0, le=1)] = 0.01  # control characters and U+FFFD
     max_line_chars: Annotated[int, Field(ge=1)] = 10_000
     max_repeated_share: Annotated[float, Field(ge=0, le=1)] = 0.5  # of characters, in lines seen before

@@ -27,6 +27,8 @@ def test_folder_tree_in_the_order_of_its_paths(tmp_path):
 def test_single_file(tmp_path):
     (tmp_path / "one.txt").write_bytes(b"text")
     assert ids(tmp_path / "one.txt") == ["one.txt"]
+    (tmp_path / "two.txt.gz").write_bytes(gzip.compress(b"more text"))
+    assert [d.data for d in open_source(str(tmp_path / "two.txt.gz"))] == [b"more text"]
 
 
 def test_json_lines_plain_and_compressed(tmp_path):
