@@ -1,10 +1,11 @@
-"""Training throughput beside Hugging Face transformers: the same 32.0 M Llama, weights and batches, steps alternated in one run.
+"""Training throughput beside Hugging Face transformers: the same 32.0 M Llama, weights and batches, steps alternated.
 
     python bench/train_throughput.py --json
 
-Shape: dim 512, 8 layers, 8 heads, 4 key-value heads, feed-forward 1,408, vocabulary 8,192, untied; sequence 512, batch 8, AdamW
-(fused), no clipping. Sides: transformers eager and compiled, Puna eager and compiled. Matrix FLOPs per token follow
-LlamaConfig.flops_per_token; the matrix rate is torch's own product of 4,096 x 512 by 512 x 1,408, measured in the same run.
+Shape: dim 512, 8 layers, 8 heads, 4 key-value heads, feed-forward 1,408, vocabulary 8,192, untied; sequence 512,
+batch 8, AdamW (fused), no clipping. Sides: transformers eager and compiled, Puna eager and compiled. Matrix FLOPs per
+token follow LlamaConfig.flops_per_token; the matrix rate is torch's own product of 4,096 x 512 by 512 x 1,408, measured
+in the same run.
 A dtype whose matrices multiply slower than float32's is not run (its keys are null) and the reason is printed.
 Then one process with two threads against two processes with one thread each under FSDP2, whole runs alternated.
 """
@@ -79,8 +80,9 @@ def transformers_side(dtype: str, compile: bool, state: dict[str, Tensor]) -> Ca
     from transformers import LlamaForCausalLM
 
     config = PeerConfig(
-        vocab_size=SHAPE.vocab_size, hidden_size=SHAPE.dim, intermediate_size=SHAPE.ffn_dim, num_hidden_layers=SHAPE.num_layers,
-        num_attention_heads=SHAPE.num_heads, num_key_value_heads=SHAPE.num_kv_heads, max_position_embeddings=SHAPE.max_seq_len,
+        vocab_size=SHAPE.vocab_size, hidden_size=SHAPE.dim, intermediate_size=SHAPE.ffn_dim,
+        num_hidden_layers=SHAPE.num_layers, num_attention_heads=SHAPE.num_heads, num_key_value_heads=SHAPE.num_kv_heads,
+        max_position_embeddings=SHAPE.max_seq_len,
         rms_norm_eps=SHAPE.norm_eps, tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa",
         rope_parameters={"rope_type": "default", "rope_theta": SHAPE.rope_theta},
     )  # fmt: skip
@@ -142,7 +144,9 @@ def compare(dtype: str, num_steps: int, place: Mesh) -> dict[str, Any]:
     return figures(dtype, seconds, losses, peaks)
 
 
-def figures(dtype: str, seconds: dict[str, list[float]], losses: dict[str, list[float]], peaks: list[float]) -> dict[str, Any]:
+def figures(
+    dtype: str, seconds: dict[str, list[float]], losses: dict[str, list[float]], peaks: list[float]
+) -> dict[str, Any]:
     """Ratios of the pairs of steps, and whether the losses stayed together."""
     timed = {name: spent[2:] for name, spent in seconds.items()}
     rates = {name: spread_of([BATCH * SEQ_LEN / spent for spent in times]) for name, times in timed.items()}
@@ -154,11 +158,14 @@ def figures(dtype: str, seconds: dict[str, list[float]], losses: dict[str, list[
 
     drift = max(abs(a[-1] - b[-1]) for a in losses.values() for b in losses.values())
     if drift > LOSS_TOLERANCE[dtype]:
-        raise SystemExit(f"{dtype}: the losses of the sides differ by {drift} after {len(losses[ours])} steps: not the same work")
+        raise SystemExit(
+            f"{dtype}: the losses of the sides differ by {drift} after {len(losses[ours])} steps: not the same work"
+        )
     peak = statistics.median(peaks)
     return {
         "tokens_per_s": rates, "ours": ours, "best_peer": theirs, "max_loss_diff": drift, "matrix_rate": peak,
-        "ratio_vs_eager": ratio("transformers"), "ratio_vs_compiled": ratio("transformers_compiled"), "ratio_vs_best": ratio(theirs),
+        "ratio_vs_eager": ratio("transformers"), "ratio_vs_compiled": ratio("transformers_compiled"),
+        "ratio_vs_best": ratio(theirs),
         "mfu_vs_measured_peak": rates[ours]["median"] * SHAPE.flops_per_token(SEQ_LEN) / peak,
     }  # fmt: skip
 
@@ -189,14 +196,26 @@ def fsdp2(num_rounds: int, num_steps: int) -> dict[str, float]:
     for number in range(num_rounds):
         rates = {}
         for processes in (1, 2):
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", __file__]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                f"--nproc-per-node={processes}",
+                "--standalone",
+                __file__,
+            ]
             env = os.environ | {"OMP_NUM_THREADS": str(2 // processes)}
-            done = subprocess.run([*command, "--worker", "--steps", str(num_steps)], env=env, capture_output=True, text=True)
+            done = subprocess.run(
+                [*command, "--worker", "--steps", str(num_steps)], env=env, capture_output=True, text=True
+            )
             if done.returncode:
                 raise SystemExit(done.stderr)
             rates[processes] = float(done.stdout.split()[-1])
         ratios.append(rates[2] / rates[1])
-        print(f"fsdp2 round {number + 1}: 1 process {rates[1]:,.0f}, 2 processes {rates[2]:,.0f} tokens/s", file=sys.stderr)
+        print(
+            f"fsdp2 round {number + 1}: 1 process {rates[1]:,.0f}, 2 processes {rates[2]:,.0f} tokens/s",
+            file=sys.stderr,
+        )
     return spread_of(ratios)
 
 
@@ -229,8 +248,10 @@ def main() -> None:
         "fp32_mfu_vs_measured_peak": fp32.get("mfu_vs_measured_peak"),
         "fsdp2_ratio": parts["fsdp2"]["median"] if "fsdp2" in parts else None,
         "bf16_not_run": "bf16 matrices multiply slower than fp32 ones on this machine" if slow else None,
-        "detail": parts, "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__, "python": platform.python_version(),
+        "detail": parts,
+        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
     if not args.json:
         for key, value in result.items():

@@ -13,7 +13,13 @@ err = Console(stderr=True, highlight=False)
 
 def bar(*extra: str) -> Progress:
     """A progress bar on stderr; `extra` are rich column templates such as "{task.fields[loss]}"."""
-    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
     return Progress(*columns, *(TextColumn(text) for text in extra), console=err)
 
 

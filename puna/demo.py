@@ -1,7 +1,7 @@
 """The main job, end to end on real input: raw files become a Llama that answers over HTTP.
 
-Every step is an ordinary `puna` command, shown as it runs; this file only strings them together, kills the training half-way
-with SIGKILL, and gathers the figures into summary.json.
+Every step is an ordinary `puna` command, shown as it runs; this file only strings them together, kills the training
+half-way with SIGKILL, and gathers the figures into summary.json.
 """
 
 import json
@@ -21,12 +21,13 @@ from typing import Any
 
 from puna.console import err
 from puna.errors import PunaError, RankFailed
+from puna.recipe import load
 from puna.report import write_report
 from puna.train.metrics import append_event, read_events
 
 PROBE_STEPS = 24
 RESERVE_SECONDS = 105.0  # evaluation before and after, resume, export and its check, serving, report
-PROMPTS = ("def read_lines(path):\n", "class Queue:\n    \"\"\"", "import os\nimport ")
+PROMPTS = ("def read_lines(path):\n", 'class Queue:\n    """', "import os\nimport ")
 
 
 def main(directory: Path, minutes: float = 9.0) -> dict[str, Any]:
@@ -77,11 +78,22 @@ def _shown(words: tuple[object, ...] | list[object]) -> str:
 
 
 def _affordable_tokens(directory: Path, shards: Path, seconds: float) -> tuple[int, int]:
-    """Tokens that training can do in `seconds`, from a short run's median rate, in whole steps; and the tokens of a step."""
+    """Tokens that training can do in `seconds`, by a short run's median rate, in whole steps; and those of a step."""
     probe = directory / "probe"
-    words = ["train", "demo", "--run.dir", probe, "--data.path", shards, "--eval.every", 0, "--eval.tokens", 0, "--run.tensorboard", "false"]
-    from puna.recipe import load
-
+    words = [
+        "train",
+        "demo",
+        "--run.dir",
+        probe,
+        "--data.path",
+        shards,
+        "--eval.every",
+        0,
+        "--eval.tokens",
+        0,
+        "--run.tensorboard",
+        "false",
+    ]
     batch_tokens = load("demo").recipe.train.batch_tokens
     _puna(*words, "--train.tokens", PROBE_STEPS * batch_tokens, "--schedule.warmup_tokens", 0)
     steps = [event["step_s"] + event["data_wait_s"] for event in read_events(probe) if event["event"] == "step"]
@@ -105,7 +117,7 @@ def _train_killed_half_way(directory: Path, words: list[object], tokens: int) ->
 
 
 def _past_half(directory: Path, tokens: int) -> bool:
-    """Half of the tokens are trained and some steps have passed since the newest checkpoint, so that a resume repeats them."""
+    """Half of the tokens are trained, and some steps since the newest checkpoint, so that a resume repeats them."""
     events = read_events(directory)
     steps = [event for event in events if event["event"] == "step"]
     saved = [event["step"] for event in events if event["event"] == "checkpoint"]
@@ -143,7 +155,7 @@ def _server(directory: Path, port: int):
 
 
 def _ask(directory: Path, prompts: tuple[str, ...]) -> list[dict[str, str]]:
-    """Completions of `prompts` from a server of `directory`, through the openai client; also kept as events for the report."""
+    """Completions of `prompts` from a server of `directory`, through the openai client; kept for the report too."""
     from openai import OpenAI
 
     with socket.socket() as probe:

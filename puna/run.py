@@ -26,14 +26,23 @@ from puna.train.loop import Run
 from puna.train.mesh import DTYPES, choose_compute, choose_device, open_mesh
 from puna.train.metrics import last_steps, read_events
 
-FREE_TO_CHANGE = ("run.", "mesh.", "checkpoint.", "eval.", "data.", "train.micro_batch", "train.recompute", "train.compile")
+FREE_TO_CHANGE = (
+    "run.",
+    "mesh.",
+    "checkpoint.",
+    "eval.",
+    "data.",
+    "train.micro_batch",
+    "train.recompute",
+    "train.compile",
+)
 """Settings that a resumed run may have anew: they do not change what is computed. The seed is not one of them."""
 
 
 def train(loaded: Loaded) -> dict[str, Any]:
     """Train by a recipe, on as many local processes as it asks for; resumes where its directory stands.
 
-    Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (a step, or None).
+    Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None).
     Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed.
     """
     config = loaded.recipe.run
@@ -84,12 +93,22 @@ def work(directory: str) -> None:
         recipes.check_ranks(recipe, place.world_size)
         compute = choose_compute(recipe.train.dtype, place.device)
         if compute.dtype == torch.float16 and place.device.type == "cpu":
-            raise DeviceError("train.dtype is fp16 but the device is a CPU, which has no fast fp16", "Use auto, fp32 or bf16.")
+            raise DeviceError(
+                "train.dtype is fp16 but the device is a CPU, which has no fast fp16", "Use auto, fp32 or bf16."
+            )
         facts = {"mesh": str(place), "dtype": str(compute.dtype).removeprefix("torch."), "dtype_reason": compute.reason}
         if place.rank == 0:
             err.print(f"{place}  {facts['dtype']} ({compute.reason})", markup=False, soft_wrap=True)
         task = Pretrain(
-            recipe.model, recipe.data, recipe.train, recipe.schedule, recipe.mesh, recipe.eval, recipe.run.seed, place, compute
+            recipe.model,
+            recipe.data,
+            recipe.train,
+            recipe.schedule,
+            recipe.mesh,
+            recipe.eval,
+            recipe.run.seed,
+            place,
+            compute,
         )
         Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops).go()
 
@@ -114,8 +133,10 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
-def export(path: Path, out: Path, step: int | None = None, dtype: str | None = None, check: bool = False) -> dict[str, Any]:
-    """Write a checkpoint as a Hugging Face folder; with `check`, hold the folder against the checkpoint in transformers.
+def export(
+    path: Path, out: Path, step: int | None = None, dtype: str | None = None, check: bool = False
+) -> dict[str, Any]:
+    """Write a checkpoint as a Hugging Face folder; with `check`, hold it against the checkpoint in transformers.
 
     Returns out, step, num_parameters, num_bytes, and with check what `puna.evals.parity.compare` returns.
     Raises CheckpointError where the checkpoint is missing or `out` holds files.
@@ -127,8 +148,13 @@ def export(path: Path, out: Path, step: int | None = None, dtype: str | None = N
     with tempfile.TemporaryDirectory() as forms:
         tokenizer.to_hf(Path(forms))
         hub.save(
-            loaded.model.state_dict(), loaded.config, out, tokenizer_dir=forms, bos=tokenizer.bos,
-            eos=sorted(tokenizer.stop_ids), dtype=DTYPES[dtype] if dtype else None,
+            loaded.model.state_dict(),
+            loaded.config,
+            out,
+            tokenizer_dir=forms,
+            bos=tokenizer.bos,
+            eos=sorted(tokenizer.stop_ids),
+            dtype=DTYPES[dtype] if dtype else None,
         )
     result: dict[str, Any] = {
         "out": str(out),
@@ -143,7 +169,12 @@ def export(path: Path, out: Path, step: int | None = None, dtype: str | None = N
     return result
 
 
-PROMPTS = ["import os\n\n\ndef ", "class Error(Exception):\n    ", "The quick brown fox", "for i in range(10):\n    print("]
+PROMPTS = [
+    "import os\n\n\ndef ",
+    "class Error(Exception):\n    ",
+    "The quick brown fox",
+    "for i in range(10):\n    print(",
+]
 """Texts that an exported folder is compared on."""
 
 

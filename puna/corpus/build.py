@@ -1,8 +1,8 @@
 """A source becomes a corpus: filtered, without duplicates, split.
 
-    DIR/train.jsonl, DIR/heldout.jsonl   a document a line: {"id", "text"}
-    DIR/removed.jsonl                    a line for each document that was removed: {"id", "reason"[, "of"]}
-    DIR/corpus.json                      the report, written last: a folder without it holds no corpus
+DIR/train.jsonl, DIR/heldout.jsonl   a document a line: {"id", "text"}
+DIR/removed.jsonl                    a line for each document that was removed: {"id", "reason"[, "of"]}
+DIR/corpus.json                      the report, written last: a folder without it holds no corpus
 """
 
 import json
@@ -95,9 +95,7 @@ def _build(source: Source, out: Path, wanted: dict[str, Any], limits: Limits) ->
         "removed": dict(sorted(Counter(r.reason for r in removed.values()).items())),
         "splits": {"train": _counts(kept, ~heldout), "heldout": _counts(kept, heldout)},
         "heldout_checked": checked,
-        "files": {
-            name: {"bytes": (out / name).stat().st_size, "sha256": sha256_file(out / name)} for name in FILES
-        },
+        "files": {name: {"bytes": (out / name).stat().st_size, "sha256": sha256_file(out / name)} for name in FILES},
     }
     write_atomic(out / REPORT, json.dumps(report, indent=1).encode())
     return report

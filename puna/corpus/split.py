@@ -15,17 +15,19 @@ MAX_COMPARISONS = 200_000_000
 def choose_heldout(groups: Sequence[str], sizes: Sequence[int], share: float, seed: int) -> np.ndarray:
     """Mark the held-out documents, (n,) bool: whole groups in the order of a hash of (seed, group id).
 
-    A group is taken where it still fits into `share` of all bytes, until nine tenths of that are filled (going on would
-    collect small documents); the smallest group is taken where none fits. `share` 0 holds nothing out.
+    A group is taken where it still fits into `share` of all bytes and is at most a tenth of that or four times the mean
+    (a figure on held-out text should not hang on one file), until nine tenths are filled (going on would collect small documents); the
+    smallest group is taken where none fits. `share` 0 holds nothing out.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
         members[group].append(i)
     weight = {group: sum(sizes[i] for i in own) for group, own in members.items()}
     wanted = room = share * sum(sizes)
+    largest = max(wanted / 10, 4 * sum(sizes) / max(len(members), 1))
     heldout = np.zeros(len(groups), bool)
     for group in sorted(members, key=lambda group: _hash(seed, group)):
-        if room > wanted / 10 and weight[group] <= room:
+        if room > wanted / 10 and weight[group] <= min(room, largest):
             room -= weight[group]
             heldout[members[group]] = True
     if share and not heldout.any() and len(members) > 1:

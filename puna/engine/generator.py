@@ -58,18 +58,14 @@ class Generator:
             )
         self.model, self.tokenizer, self.max_rows = model, tokenizer, max_rows
 
-    def generate(
-        self, prompts: Sequence[list[int]], n: int = 1, params: SamplingParams = DEFAULTS
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[list[int]], n: int = 1, params: SamplingParams = DEFAULTS) -> list[Completion]:
         """`n` completions of each prompt, prompt by prompt. Raises UserError as the two checks do."""
         done = [Completion(prompt, sample) for prompt in range(len(prompts)) for sample in range(n)]
         for delta in self.stream(prompts, n, params):
             done[delta.prompt * n + delta.sample].push(delta)
         return done
 
-    def stream(
-        self, prompts: Sequence[list[int]], n: int = 1, params: SamplingParams = DEFAULTS
-    ) -> Iterator[Delta]:
+    def stream(self, prompts: Sequence[list[int]], n: int = 1, params: SamplingParams = DEFAULTS) -> Iterator[Delta]:
         """The same, token by token, rows interleaved; closing the iterator ends the work. The checks come at once."""
         self.check_ids(prompts)
         self.check_room(prompts, params)

@@ -13,7 +13,9 @@ from puna.llama.tokenizer import Tokenizer
 
 
 @torch.inference_mode()
-def compare(model: Llama, tokenizer: Tokenizer, folder: Path, prompts: list[str], new_tokens: int = 64) -> dict[str, Any]:
+def compare(
+    model: Llama, tokenizer: Tokenizer, folder: Path, prompts: list[str], new_tokens: int = 64
+) -> dict[str, Any]:
     """Logits, greedy continuations and token ids of `model` and of `folder` loaded by transformers, in float32.
 
     Returns hf_logits_max_abs_diff, hf_logits_std, hf_greedy_identical, hf_token_ids_identical, num_prompts, new_tokens.
@@ -49,7 +51,11 @@ def _distance(ours: Tensor, theirs: Tensor) -> float:
 def _greedy(peer: Any, row: list[int], new_tokens: int, stop_ids: Any) -> list[int]:
     prompt = torch.tensor([row])
     out = peer.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False,
-        eos_token_id=sorted(stop_ids), pad_token_id=0,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=sorted(stop_ids),
+        pad_token_id=0,
     )
     return out[0, len(row) :].tolist()

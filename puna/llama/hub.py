@@ -111,7 +111,8 @@ def config_from_hf(values: Mapping[str, Any], source: str | Path) -> LlamaConfig
     """LlamaConfig of a config.json, of Transformers 5 (`rope_parameters`) or older (`rope_theta`, `rope_scaling`)."""
     refuse_other_models(values, source)
     rope = values.get("rope_parameters") or {
-        "rope_theta": values.get("rope_theta", 10_000.0), **(values.get("rope_scaling") or {})
+        "rope_theta": values.get("rope_theta", 10_000.0),
+        **(values.get("rope_scaling") or {}),
     }
     try:
         return LlamaConfig(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from puna.llama.rope import Rotary
 Between = Callable[[int, Tensor], Tensor]
 """(index of the block that comes next, hidden (B, L, D)) -> hidden; for cross-attention put between the blocks."""
 
+Init = Literal["normal", "zero_out"]
 INIT_STD = 0.02
 
 
@@ -162,9 +163,9 @@ class Llama(nn.Module):
         hidden = self.hidden(tokens, **as_hidden)
         return self.logits(hidden) if targets is None else token_loss_sum(hidden, self.head, targets)
 
-    def init_weights(self, seed: int = 0) -> None:
+    def init_weights(self, seed: int = 0, kind: Init = "normal") -> None:
         """Draw every parameter anew, whatever its device or sharding: a function of (seed, name of the parameter)."""
-        init_weights(self, self.config.num_layers, seed)
+        init_weights(self, self.config.num_layers, seed, kind)
 
 
 class LlamaScorer(nn.Module):
@@ -187,20 +188,34 @@ class LlamaScorer(nn.Module):
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, num_layers: int, seed: int) -> None:
-    """Gains 1; matrices normal with deviation 0.02, those that write to the residual stream 0.02 / sqrt(2 num_layers).
+def init_weights(model: nn.Module, num_layers: int, seed: int, kind: Init = "normal") -> None:
+    """Gains 1, matrices normal with the deviation of `init_std`.
 
-    The initialisation of Llama is not published; this is GPT-2's. A value depends on the seed and the parameter's name
-    only, so that every sharding and every pipeline split begins with the same model.
+    A value depends on the seed and the parameter's name only, so that every sharding and every pipeline split begins
+    with the same model.
     """
     with implicit_replication():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
                 continue
-            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-            std = INIT_STD / (2 * num_layers) ** 0.5 if writes else INIT_STD
+            std = init_std(name, parameter, num_layers, kind)
             digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=7).digest()
             generator = torch.Generator(parameter.device).manual_seed(int.from_bytes(digest))
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
             parameter.copy_(values.normal_(std=std, generator=generator))
+
+
+def init_std(name: str, matrix: Tensor, num_layers: int, kind: Init) -> float:
+    """Deviation of a fresh matrix; the initialisation of Llama is not published.
+
+    normal: 0.02, and 0.02 / sqrt(2 num_layers) for those that write to the residual stream (GPT-2's). zero_out: nothing
+    for these and for an untied head, so that every block begins as the identity and every token as likely as the next;
+    0.5 for the embedding, 1 / sqrt(fan-in) for the rest.
+    """
+    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    if kind == "normal":
+        return INIT_STD / (2 * num_layers) ** 0.5 if writes else INIT_STD
+    if writes or name.startswith("lm_head"):
+        return 0.0
+    return 0.5 if "embed_tokens" in name else matrix.shape[1] ** -0.5

@@ -1,8 +1,8 @@
 """Documents become batches: a pure function of (seed, token offset), whatever the number of ranks.
 
-Every epoch the documents are laid end to end in an order drawn from (seed, epoch). A sample is a window of `seq_len` tokens of
-that endless stream and is named by its token offset. Within a window attention stays inside a document (Llama 3, section 3.2);
-a document's first token is never a target, every other token of the stream is a target exactly once.
+Every epoch the documents are laid end to end in an order drawn from (seed, epoch). A sample is a window of `seq_len`
+tokens of that endless stream and is named by its token offset. Within a window attention stays inside a document
+(Llama 3 §3.2); a document's first token is never a target, every other token of the stream is one exactly once.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ IGNORED = -100
 class Batch:
     """Sequences of one forward on one rank.
 
-    tokens, targets, documents: (B, L) int64; targets hold -100 where nothing is predicted; documents number the documents of
-    a row. ids: token offset of each window in the stream. weight: number of targets.
+    tokens, targets, documents: (B, L) int64; targets hold -100 where nothing is predicted; documents number the
+    documents of a row. ids: token offset of each window in the stream. weight: number of targets.
     """
 
     tokens: Tensor
@@ -39,7 +39,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        tokens, targets, documents = (x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.documents))
+        tokens, targets, documents = (
+            x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.documents)
+        )
         return Batch(tokens, targets, documents, self.ids, self.weight)
 
 
@@ -51,7 +53,7 @@ class Stream:
         self._epoch = -1
 
     def window(self, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [offset, offset + length) of the stream and the number of the document each belongs to, both (length,)."""
+        """Tokens [offset, offset + length) of the stream, and which document each belongs to; both (length,)."""
         tokens, documents = np.empty(length, np.int64), np.empty(length, np.int64)
         done = number = 0
         while done < length:
@@ -96,12 +98,20 @@ def unpacked(batch: Batch) -> Batch:
 
 
 def micro_batches(
-    stream: Stream, cursor: int, *, batch_tokens: int, seq_len: int, micro_batch: int, rank: int, num_ranks: int, pack: bool = True
+    stream: Stream,
+    cursor: int,
+    *,
+    batch_tokens: int,
+    seq_len: int,
+    micro_batch: int,
+    rank: int,
+    num_ranks: int,
+    pack: bool = True,
 ) -> list[Batch]:
     """This data-parallel rank's micro-batches of the step that starts at stream offset `cursor`.
 
-    The step's windows are numbered from the cursor on; micro-step m takes windows [m * R * B, (m + 1) * R * B), rank r the r-th B
-    of them. So the union over ranks does not depend on their number.
+    The step's windows are numbered from the cursor on; micro-step m takes windows [m * R * B, (m + 1) * R * B), rank r
+    the r-th B of them. So the union over ranks does not depend on their number.
     """
     per_step = num_ranks * micro_batch
     batches = []

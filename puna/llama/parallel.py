@@ -2,11 +2,10 @@
 
 1. Recompute wraps a block's forward, so that what is compiled and sharded is the wrapped block.
 2. Compile takes each block alone: one graph serves every layer.
-3. FSDP2 takes each block as one unit (one all-gather, one reduce-scatter), then the root with embedding, last norm and head
+3. FSDP2 takes each block as one unit (one all-gather, one reduce-scatter), then the root: embedding, last norm, head
    (Llama 3, section 3.3.2; PyTorch FSDP, section 3).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -54,10 +53,10 @@ def spread(
 
 
 def _recompute(block: nn.Module, *, selective: bool) -> None:
-    context: dict[str, Callable[..., Any]] = {}
+    again = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if selective:
-        context = {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)}
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **context)
+        again = partial(again, context_fn=partial(create_selective_checkpoint_contexts, _keep_products))
+    block.forward = again  # type: ignore[method-assign]
 
 
 def _keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -68,7 +68,9 @@ class Pretrain(GradientTask):
         """Steps until `train.tokens` are consumed."""
         while cursor.tokens < self.train.tokens:
             tokens = self.schedule.batch_tokens(cursor.tokens)
-            yield Step(cursor, tokens, self._batches("train", cursor.tokens, tokens, self.schedule.seq_len(cursor.tokens)))
+            yield Step(
+                cursor, tokens, self._batches("train", cursor.tokens, tokens, self.schedule.seq_len(cursor.tokens))
+            )
             cursor = cursor.after(tokens)
 
     def loss_sum(self, batch: Batch) -> Tensor:
@@ -78,7 +80,7 @@ class Pretrain(GradientTask):
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Mean loss (nats a token) over the first `eval.tokens` tokens of the split's stream, with averaged weights if any."""
+        """Mean loss (nats a token) over the first `eval.tokens` tokens of the split, with averaged weights if any."""
         seq_len = self.schedule.seq_len(self.train.tokens)
         piece = seq_len * self.train.micro_batch * self.place.world_size
         tokens = max(1, min(self.evaluation.tokens, self.shards[split].num_tokens) // piece) * piece
@@ -103,8 +105,14 @@ class Pretrain(GradientTask):
 
     def _batches(self, split: str, offset: int, tokens: int, seq_len: int) -> list[Batch]:
         return micro_batches(
-            self.streams[split], offset, batch_tokens=tokens, seq_len=seq_len, micro_batch=self.train.micro_batch,
-            rank=self.place.rank, num_ranks=self.place.world_size, pack=self.data.packing == "packed",
+            self.streams[split],
+            offset,
+            batch_tokens=tokens,
+            seq_len=seq_len,
+            micro_batch=self.train.micro_batch,
+            rank=self.place.rank,
+            num_ranks=self.place.world_size,
+            pack=self.data.packing == "packed",
         )
 
 
@@ -115,11 +123,15 @@ def make_model(
     model = build(config)
     alone = place.world_size == 1 and compute.dtype == torch.float32
     spread(
-        model, None if alone else place.data_parallel, dtype=compute.dtype, recompute=train.recompute, compile=train.compile,
+        model,
+        None if alone else place.data_parallel,
+        dtype=compute.dtype,
+        recompute=train.recompute,
+        compile=train.compile,
         reshard_after_forward=sharding.reshard_after_forward,
     )
     model.to_empty(device=place.device)
-    model.init_weights(seed)
+    model.init_weights(seed, train.init)
     return model
 
 
@@ -130,6 +142,6 @@ def _is_block_matrix(name: str, parameter: Tensor) -> bool:
 def _check_vocabulary(model: LlamaConfig, shards: Shards) -> None:
     if shards.vocab_size > model.vocab_size:
         raise RecipeError(
-            f"model.vocab_size is {model.vocab_size:,} but the tokenizer of {shards.folder} has {shards.vocab_size:,} tokens",
+            f"model.vocab_size is {model.vocab_size:,} but the tokenizer of {shards.folder} has {shards.vocab_size:,}",
             f"Set model.vocab_size to {shards.vocab_size} or more.",
         )

@@ -33,15 +33,25 @@ class RunConfig(Section):
 class TrainConfig(Section):
     """The work: how many tokens, in what pieces, with which optimiser."""
 
-    tokens: int = setting(1_000_000, "tokens to train on; the run ends at the first step that reaches it", "tokens", ge=1)
+    tokens: int = setting(
+        1_000_000, "tokens to train on; the run ends at the first step that reaches it", "tokens", ge=1
+    )
     batch_tokens: int = setting(8_192, "tokens of one optimiser step over all ranks", "tokens", ge=1)
     seq_len: int = setting(512, "tokens in one sequence", "tokens", ge=2)
     micro_batch: int = setting(
-        8, "sequences of one forward on one rank; accumulation is batch_tokens / (seq_len * micro_batch * ranks)",
-        "sequences", ge=1,
+        8,
+        "sequences of one forward on one rank; accumulation is batch_tokens / (seq_len * micro_batch * ranks)",
+        "sequences",
+        ge=1,
     )
     optimizer: Literal["adamw", "muon"] = setting(
-        "adamw", "adamw: decoupled weight decay; muon: orthogonalised momentum for the block matrices, AdamW for the rest"
+        "adamw",
+        "adamw: decoupled weight decay; muon: orthogonalised momentum for the block matrices, AdamW for the rest",
+    )
+    init: Literal["normal", "zero_out"] = setting(
+        "normal",
+        "fresh weights; normal: deviation 0.02, smaller where a matrix writes to the residual stream (GPT-2); zero_out: "
+        "those and an untied head begin at zero, embedding 0.5, other matrices 1 / sqrt(fan-in)",
     )
     lr: float = setting(3e-4, "peak learning rate", gt=0)
     muon_lr: float = setting(0.02, "peak learning rate of the matrices under muon", gt=0)
@@ -63,7 +73,9 @@ class ScheduleConfig(Section):
 
     warmup_tokens: int = setting(0, "tokens of linear warm-up from zero", "tokens", ge=0)
     decay: Literal["cosine", "linear", "constant"] = setting("cosine", "shape of the learning rate after warm-up")
-    final_ratio: float = setting(0.1, "last learning rate as a share of the peak; linear with 0 ends at zero", ge=0, le=1)
+    final_ratio: float = setting(
+        0.1, "last learning rate as a share of the peak; linear with 0 ends at zero", ge=0, le=1
+    )
     decay_start: float = setting(0.0, "share of the tokens held at the peak before the decay begins", ge=0, lt=1)
     batch_stages: Stages = setting((), "batch ramp: pairs (from token, batch_tokens)", "tokens")
     seq_stages: Stages = setting((), "sequence-length stages: pairs (from token, seq_len)", "tokens")

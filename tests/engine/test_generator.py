@@ -113,6 +113,12 @@ def test_a_stop_string_is_never_part_of_the_text(generator, prompts):
     assert "".join(delta.text for delta in generator.stream(prompts[:1], params=params)) == cut.text
 
 
+def test_the_beginning_of_a_stop_string_is_text_where_nothing_follows(generator, prompts):
+    one, params = drawn_until(generator, prompts[:1], "length")
+    stopping = SamplingParams(params.max_tokens, params.temperature, params.top_p, params.seed, (one.text[-2:] + "never",))
+    assert generator.generate(prompts[:1], params=stopping)[0].text == one.text
+
+
 def test_without_max_tokens_the_context_ends_the_text(model, tokenizer):
     class Endless(Llama):
         """A model that never stops."""
@@ -124,10 +130,10 @@ def test_without_max_tokens_the_context_ends_the_text(model, tokenizer):
 
     endless = Endless(model.config)
     endless.load_state_dict(model.state_dict())
-    prompt = tokenizer.encode("the llama", bos=True)
-    one = Generator(endless, tokenizer).generate([prompt], params=SamplingParams(max_tokens=None, seed=1))[0]
-    assert len(prompt) + len(one.tokens) == model.config.max_seq_len
-    assert one.finish_reason == "length"
+    prompts = [tokenizer.encode("the llama", bos=True), [5] * 90]
+    for one in Generator(endless, tokenizer).generate(prompts, params=SamplingParams(max_tokens=None, seed=1)):
+        assert len(prompts[one.prompt]) + len(one.tokens) == model.config.max_seq_len
+        assert one.finish_reason == "length"
 
 
 def test_ids_without_a_token_are_never_drawn(generator, tokenizer, prompts):

@@ -73,7 +73,9 @@ def test_unpacked_holds_the_same_pairs_of_token_and_target(documents):
     rows = unpacked(batch)
 
     def pairs(b):
-        return sorted((int(t), int(y)) for t, y in zip(b.tokens.flatten(), b.targets.flatten(), strict=True) if y != IGNORED)
+        return sorted(
+            (int(t), int(y)) for t, y in zip(b.tokens.flatten(), b.targets.flatten(), strict=True) if y != IGNORED
+        )
 
     assert rows.weight == batch.weight
     assert pairs(rows) == pairs(batch)

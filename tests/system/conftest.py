@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from puna.corpus.build import build_corpus
 from puna.corpus.bpe import train_tokenizer
+from puna.corpus.build import build_corpus
 from puna.corpus.tokenize import tokenize_corpus
 
 

@@ -6,7 +6,16 @@ import pytest
 import torch
 from pretraining import losses, train
 
-STEPS = ("--train.tokens", "51200", "--schedule.warmup_tokens", "10240", "--checkpoint.every", "50", "--eval.tokens", "0")
+STEPS = (
+    "--train.tokens",
+    "51200",
+    "--schedule.warmup_tokens",
+    "10240",
+    "--checkpoint.every",
+    "50",
+    "--eval.tokens",
+    "0",
+)
 SETTINGS = {
     "two processes, full shard": (2, []),
     "two processes, grad-op": (2, ["--mesh.reshard_after_forward", "false"]),

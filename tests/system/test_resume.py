@@ -1,4 +1,4 @@
-"""A pretraining run killed anywhere takes the path it would have taken; nothing unreadable and nobody is left behind."""
+"""A pretraining run killed anywhere takes the path it would have taken; nothing unreadable, nobody left behind."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[flo
 
 
 def killed(run: Path, rng: random.Random) -> bool:
-    """Start the run, SIGKILL some or all ranks at a random instant, and see the others end; False where it was done by then."""
+    """SIGKILL some or all ranks at a random instant, and see the others end; False where the run was done by then."""
     processes = start(work, str(run), size=2, folder=run.parent)
     deadline = time.monotonic() + 60
     before = len(read_events(run))

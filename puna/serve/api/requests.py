@@ -90,7 +90,7 @@ class Sampling(Body, ABC):
         [], description="a string of at least one character, or a list of at most 16 of them"
     )
     stream: bool = Field(False, description="true or false")
-    stream_options: dict[str, Any] | None = Field(None, description="an object such as {\"include_usage\": true}")
+    stream_options: dict[str, Any] | None = Field(None, description='an object such as {"include_usage": true}')
 
     @property
     def include_usage(self) -> bool:

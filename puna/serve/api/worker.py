@@ -18,9 +18,7 @@ class Worker:
         self._thread = ThreadPoolExecutor(1, "model")
         self._closing = threading.Event()
 
-    async def stream(
-        self, prompts: Sequence[list[int]], n: int, params: SamplingParams
-    ) -> AsyncGenerator[Delta, None]:
+    async def stream(self, prompts: Sequence[list[int]], n: int, params: SamplingParams) -> AsyncGenerator[Delta, None]:
         """Tokens as they are drawn. Closing it ends the work before the next token, or before its turn came."""
         loop, left = asyncio.get_running_loop(), threading.Event()
         inbox: asyncio.Queue[Delta | asyncio.Future[None]] = asyncio.Queue()
