@@ -16,8 +16,8 @@ def choose_heldout(groups: Sequence[str], sizes: Sequence[int], share: float, se
     """Mark the held-out documents, (n,) bool: whole groups in the order of a hash of (seed, group id).
 
     A group is taken where it still fits into `share` of all bytes and is at most a tenth of that or four times the mean
-    (a figure on held-out text should not hang on one file), until nine tenths are filled (going on would collect small documents); the
-    smallest group is taken where none fits. `share` 0 holds nothing out.
+    (a figure on held-out text should not hang on one file), until nine tenths are filled (going on would collect small
+    documents); the smallest group is taken where none fits. `share` 0 holds nothing out.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):

@@ -50,8 +50,8 @@ class TrainConfig(Section):
     )
     init: Literal["normal", "zero_out"] = setting(
         "normal",
-        "fresh weights; normal: deviation 0.02, smaller where a matrix writes to the residual stream (GPT-2); zero_out: "
-        "those and an untied head begin at zero, embedding 0.5, other matrices 1 / sqrt(fan-in)",
+        "fresh weights; normal: deviation 0.02, smaller where a matrix writes to the residual stream (GPT-2); "
+        "zero_out: those and an untied head begin at zero, embedding 0.5, other matrices 1 / sqrt(fan-in)",
     )
     lr: float = setting(3e-4, "peak learning rate", gt=0)
     muon_lr: float = setting(0.02, "peak learning rate of the matrices under muon", gt=0)

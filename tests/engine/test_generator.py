@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,7 +117,7 @@ def test_a_stop_string_is_never_part_of_the_text(generator, prompts):
 
 def test_the_beginning_of_a_stop_string_is_text_where_nothing_follows(generator, prompts):
     one, params = drawn_until(generator, prompts[:1], "length")
-    stopping = SamplingParams(params.max_tokens, params.temperature, params.top_p, params.seed, (one.text[-2:] + "never",))
+    stopping = replace(params, stop=(one.text[-2:] + "never",))
     assert generator.generate(prompts[:1], params=stopping)[0].text == one.text
 
 

@@ -14,6 +14,7 @@ from puna.serve.api.app import create_app
 from puna.serve.api.hosts import LOOPBACK
 
 SHUTDOWN_SECONDS = 5
+BACKLOG = 2048  # connections that wait until they are accepted
 
 
 def serve(path: str | Path, host: str = "127.0.0.1", port: int = 8000, name: str | None = None) -> None:
@@ -31,6 +32,7 @@ def serve(path: str | Path, host: str = "127.0.0.1", port: int = 8000, name: str
         app = create_app(load(path), name, hosts)
         url = f"http://{shown}:{listener.getsockname()[1]}"
         said = f"Serving {name} at {url} (chat page) and {url}/v1 (OpenAI-compatible). Ctrl-C ends it."
+        listener.listen(BACKLOG)
         err.print(said, soft_wrap=True, markup=False)
         if not is_loopback(listener):
             err.print(f"Everyone who can reach {host} can use it: there is no password.", soft_wrap=True)
