@@ -93,6 +93,8 @@ def choose_device(name: Literal["auto", "cpu", "cuda"]) -> torch.device:
 def join_group(rank: int, world_size: int, device: torch.device) -> None:
     """Default process group: gloo for CPU tensors, and NCCL for CUDA tensors where the device is CUDA."""
     path = os.environ.get("PUNA_STORE")
+    if world_size == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # alone, a host name that does not resolve does no harm
     store = dist.FileStore(path, world_size) if path else dist.HashStore() if world_size == 1 else None
     cuda = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
