@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import PunaError
+from puna.train.launch import die_with
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["puna.train.loop", "torch.distributed.fsdp", "torch._dynamo", "puna.train.launch"])
@@ -37,6 +38,7 @@ def finish(processes: list[BaseProcess], seconds: float = 60) -> list[int | None
 
 
 def _main(rank: int, size: int, store: str, function: Callable[..., None], words: tuple[Any, ...]) -> None:
+    die_with(os.getppid())
     if size > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "PUNA_STORE": store}
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"

@@ -10,6 +10,8 @@ from typing import Any
 
 from processes import context
 
+from puna.train.launch import die_with
+
 SIZE = 4
 SECONDS = 60
 
@@ -48,6 +50,7 @@ class Ranks:
 
 
 def serve(end: Connection, rank: int, store: str) -> None:
+    die_with(os.getppid())
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "PUNA_STORE": store}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
