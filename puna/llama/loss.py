@@ -32,10 +32,11 @@ class _TokenLossSum(torch.autograd.Function):
         total = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None
+        buffer = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])
         for start in range(0, len(targets), chunk):
             span = slice(start, start + chunk)
-            logits = (hidden[span] @ weight.T).to(exact)
             picked = targets[span, None]
+            logits = torch.mm(hidden[span], weight.T, out=buffer[: len(picked)]).to(exact)
             torch.log_softmax(logits, dim=-1, out=logits)
             total -= logits.gather(1, picked).sum()
             if not (need_hidden or need_weight):

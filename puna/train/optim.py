@@ -63,8 +63,8 @@ def adamw(parameters: Iterable[nn.Parameter], train: TrainConfig) -> AdamW:
 class Muon(Optimizer):
     """Nesterov momentum made orthogonal by a Newton-Schulz iteration (Jordan et al. 2024, "Muon"), decoupled decay.
 
-    A sharded matrix is orthogonalised whole: matrices are dealt out over the shard ranks, each collects its own by one
-    all-to-all, and a second one sends the pieces back. So the step equals the single-process one.
+    A sharded matrix is orthogonalised whole: matrices are dealt out over the shard ranks, which collect theirs by one
+    all-to-all and send the pieces back by a second one. So the step equals the single-process one.
     """
 
     def __init__(
@@ -105,28 +105,36 @@ class Muon(Optimizer):
         if not parameters or not isinstance(parameters[0], DTensor) or sharded_over(parameters[0]) == 1:
             return [orthogonalize(update, self.dtype) for update in updates]
         group = parameters[0].device_mesh.get_group(parameters[0].device_mesh.ndim - 1)
-        size, done = dist.get_world_size(group), []
-        for i in range(0, len(parameters), size):
-            done += _orthogonal_dealt(parameters[i : i + size], updates[i : i + size], group, self.dtype)
-        return done
+        return _orthogonal_dealt(parameters, updates, group, self.dtype)
 
 
 def _orthogonal_dealt(
     parameters: list[nn.Parameter], updates: list[Tensor], group: dist.ProcessGroup, dtype: torch.dtype
 ) -> list[Tensor]:
-    """At most one matrix for every rank of the shard group: collect, orthogonalise, send back."""
+    """Every rank of the shard group collects its share of the matrices, orthogonalises them, sends the rows back."""
     me, size = dist.get_rank(group), dist.get_world_size(group)
-    sent = [update.numel() for update in updates] + [0] * (size - len(updates))
-    mine = parameters[me] if me < len(parameters) else None
-    rows = _shard_rows(mine.shape[0], size) if mine is not None else [0] * size
-    received = [n * mine.shape[1] for n in rows] if mine is not None else [0] * size
-    whole = updates[0].new_empty(sum(received))
-    dist.all_to_all_single(whole, torch.cat([u.reshape(-1) for u in updates]), received, sent, group=group)
-    if mine is not None:
-        whole = orthogonalize(whole.view(mine.shape), dtype).reshape(-1)
-    back = updates[0].new_empty(sum(sent))
-    dist.all_to_all_single(back, whole, sent, received, group=group)
-    return [piece.view_as(u) for piece, u in zip(back.split(sent), updates, strict=False)]
+    deals = [list(range(rank, len(parameters), size)) for rank in range(size)]
+    rows = {i: _shard_rows(parameters[i].shape[0], size) for i in deals[me]}
+    sent = [sum(updates[i].numel() for i in deal) for deal in deals]
+    received = [sum(rows[i][rank] * parameters[i].shape[1] for i in deals[me]) for rank in range(size)]
+    pieces = updates[0].new_empty(sum(received))
+    outgoing = torch.cat([updates[i].reshape(-1) for deal in deals for i in deal])
+    dist.all_to_all_single(pieces, outgoing, received, sent, group=group)
+    by_rank = [
+        part.split([rows[i][rank] * parameters[i].shape[1] for i in deals[me]])
+        for rank, part in enumerate(pieces.split(received))
+    ]
+    whole = [
+        orthogonalize(torch.cat(parts).view(parameters[i].shape), dtype)
+        for i, parts in zip(deals[me], zip(*by_rank, strict=True), strict=True)
+    ]
+    cut = [matrix.split(rows[i]) for i, matrix in zip(deals[me], whole, strict=True)]
+    back = torch.cat([matrix[rank].reshape(-1) for rank in range(size) for matrix in cut]) if cut else pieces
+    returned = torch.empty_like(outgoing)
+    dist.all_to_all_single(returned, back, sent, received, group=group)
+    order = [i for deal in deals for i in deal]
+    parts = dict(zip(order, returned.split([updates[i].numel() for i in order]), strict=True))
+    return [parts[i].view_as(update) for i, update in enumerate(updates)]
 
 
 def _shard_rows(rows: int, ranks: int) -> list[int]:
