@@ -116,16 +116,23 @@ def check_ranks(recipe: Recipe, num_data_ranks: int) -> None:
 
 
 def _require_divisible(recipe: Recipe, num_data_ranks: int) -> None:
+    micro_tokens = recipe.train.seq_len * recipe.train.micro_batch
     for stage in stages(recipe):
-        piece = stage.seq_len * recipe.train.micro_batch * num_data_ranks
+        if micro_tokens % stage.seq_len:
+            raise ValueError(
+                f"schedule.seq_stages: sequences of {stage.seq_len} tokens from token {stage.start} on do not fill "
+                f"micro-batches of {micro_tokens} tokens (train.seq_len {recipe.train.seq_len} x train.micro_batch "
+                f"{recipe.train.micro_batch}); make train.micro_batch a multiple of {stage.seq_len} / train.seq_len"
+            )
+        piece = micro_tokens * num_data_ranks
         if stage.batch_tokens % piece:
             nearest = max(1, round(stage.batch_tokens / piece)) * piece
             where = f" from token {stage.start}" if stage.start else ""
             key = "schedule.batch_stages" if stage.start else "train.batch_tokens"
             raise ValueError(
                 f"{key}: {stage.batch_tokens} tokens a step{where} do not split into micro-batches of seq_len "
-                f"{stage.seq_len} x train.micro_batch {recipe.train.micro_batch} x {num_data_ranks} data-parallel "
-                f"ranks = {piece} tokens; make it {nearest}, or change train.micro_batch"
+                f"{recipe.train.seq_len} x train.micro_batch {recipe.train.micro_batch} x {num_data_ranks} "
+                f"data-parallel ranks = {piece} tokens; make it {nearest}, or change train.micro_batch"
             )
 
 
@@ -269,6 +276,8 @@ def names() -> list[str]:
 
 def _find(name: str, beside: Path) -> Path:
     """The file that a name, a path or a run directory means; relative paths start at the folder `beside`."""
+    if name.startswith("-"):
+        raise RecipeError(f"{name!r} stands where the recipe belongs", "Write the recipe first, its flags after it.")
     if name in names():
         return FOLDER / f"{name}.toml"
     path = beside / name

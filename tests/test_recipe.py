@@ -247,6 +247,11 @@ def test_misspelt_recipe_lists_what_ships_nearest_first():
     assert all(name in words for name in recipe.names())
 
 
+def test_flag_before_the_recipe():
+    words = refusal("0.5", "tiny", name="--train.lr")
+    assert words == "'--train.lr' stands where the recipe belongs. Write the recipe first, its flags after it."
+
+
 def test_missing_file():
     words = refusal(name="nowhere/r.toml")
     assert words.startswith("no recipe at nowhere/r.toml. Give the path of a TOML file, or a name: demo, ")
