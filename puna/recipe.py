@@ -122,7 +122,7 @@ def _require_divisible(recipe: Recipe, num_data_ranks: int) -> None:
             raise ValueError(
                 f"schedule.seq_stages: sequences of {stage.seq_len} tokens from token {stage.start} on do not fill "
                 f"micro-batches of {micro_tokens} tokens (train.seq_len {recipe.train.seq_len} x train.micro_batch "
-                f"{recipe.train.micro_batch}); make train.micro_batch a multiple of {stage.seq_len} / train.seq_len"
+                f"{recipe.train.micro_batch}); choose lengths that divide it, or another train.micro_batch"
             )
         piece = micro_tokens * num_data_ranks
         if stage.batch_tokens % piece:

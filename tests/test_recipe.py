@@ -302,6 +302,14 @@ def test_later_stage_that_does_not_split():
     )
 
 
+def test_stage_whose_sequences_do_not_fill_a_micro_batch():
+    words = refusal("--schedule.seq_stages", "[[2048, 96]]")
+    assert words.startswith(
+        "schedule.seq_stages: sequences of 96 tokens from token 2048 on do not fill micro-batches of"
+    )
+    assert words.endswith("Choose lengths that divide it, or another train.micro_batch.")
+
+
 def test_batch_that_does_not_split_over_the_ranks():
     with pytest.raises(RecipeError, match="x 4 data-parallel ranks = 2048 tokens"):
         recipe.check_ranks(recipe.load("tiny").recipe, 4)
