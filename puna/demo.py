@@ -23,9 +23,9 @@ from puna.console import err
 from puna.errors import PunaError, RankFailed
 from puna.recipe import load
 from puna.report import write_report
-from puna.train.metrics import append_event, read_events
+from puna.train.metrics import append_event, last_steps, read_events
 
-PROBE_STEPS = 24
+PROBE_STEPS = 48
 RESERVE_SECONDS = 105.0  # evaluation before and after, resume, export and its check, serving, report
 PROMPTS = ("def read_lines(path):\n", 'class Queue:\n    """', "import os\nimport ")
 
@@ -42,9 +42,10 @@ def main(directory: Path, minutes: float = 9.0) -> dict[str, Any]:
     _puna("corpus", "tokenize", corpus, "--tokenizer", tokenizer, "--out", shards)
     err.rule("3. training: two processes, killed half-way with SIGKILL, resumed")
     seconds = minutes * 60 - (time.monotonic() - started) - RESERVE_SECONDS
-    tokens, batch_tokens = _affordable_tokens(directory, shards, seconds)
-    train = ["train", "demo", "--run.dir", directory, "--data.path", shards, "--train.tokens", tokens]
-    train += ["--checkpoint.every", max(20, tokens // batch_tokens // 8), "--checkpoint.initial", "true"]
+    tokens = _affordable_tokens(directory, shards, seconds)
+    train = ["train", "demo", "--run.dir", directory, "--data.path", shards, "--train.tokens", tokens, *_stages(tokens)]
+    train += ["--checkpoint.every", max(20, tokens // load("demo").recipe.train.batch_tokens // 8)]
+    train += ["--checkpoint.initial", "true"]
     _train_killed_half_way(directory, train, tokens)
     err.rule("4. bits per byte on held-out files, before and after")
     before = _puna("eval", directory, "--step", "0", "--no-baselines", "--json")
@@ -77,30 +78,32 @@ def _shown(words: tuple[object, ...] | list[object]) -> str:
     return shlex.join(map(str, words))
 
 
-def _affordable_tokens(directory: Path, shards: Path, seconds: float) -> tuple[int, int]:
-    """Tokens that training can do in `seconds`, by a short run's median rate, in whole steps; and those of a step."""
+def _affordable_tokens(directory: Path, shards: Path, seconds: float) -> int:
+    """Tokens that training can do in `seconds`, by the rate of a short run."""
     probe = directory / "probe"
-    words = [
-        "train",
-        "demo",
-        "--run.dir",
-        probe,
-        "--data.path",
-        shards,
-        "--eval.every",
-        0,
-        "--eval.tokens",
-        0,
-        "--run.tensorboard",
-        "false",
-    ]
-    batch_tokens = load("demo").recipe.train.batch_tokens
-    _puna(*words, "--train.tokens", PROBE_STEPS * batch_tokens, "--schedule.warmup_tokens", 0)
-    steps = [event["step_s"] + event["data_wait_s"] for event in read_events(probe) if event["event"] == "step"]
-    step_seconds = statistics.median(steps[PROBE_STEPS // 2 :])
-    num_steps = max(4 * PROBE_STEPS, int(max(seconds, 0.0) / step_seconds))
-    err.print(f"{step_seconds:.3f} s a step: {num_steps:,} steps of {batch_tokens:,} tokens in {seconds:.0f} s")
-    return num_steps * batch_tokens, batch_tokens
+    tokens = PROBE_STEPS * load("demo").recipe.train.batch_tokens
+    words = ["train", "demo", "--run.dir", probe, "--data.path", shards, "--run.tensorboard", "false"]
+    words += ["--eval.every", 0, "--eval.tokens", 0, "--train.tokens", tokens, *_stages(tokens)]
+    _puna(*words)
+    steps = list(last_steps(read_events(probe)).values())
+    timed = steps[len(steps) // 4 :]
+    rate = (timed[-1]["tokens"] - steps[len(steps) // 4 - 1]["tokens"]) / sum(
+        step["step_s"] + step["data_wait_s"] for step in timed
+    )
+    affordable = max(4 * tokens, int(max(seconds, 0.0) * rate))
+    err.print(f"{rate:,.0f} tokens/s: {affordable:,} tokens in {max(seconds, 0.0):.0f} s")
+    return affordable
+
+
+def _stages(tokens: int) -> list[object]:
+    """Flags that stretch the recipe's stages to a run of `tokens`."""
+    recipe = load("demo").recipe
+    words: list[object] = []
+    for name in ("batch_stages", "seq_stages"):
+        pairs = getattr(recipe.schedule, name)
+        stretched = [[int(start * tokens / recipe.train.tokens), size] for start, size in pairs]
+        words += [f"--schedule.{name}", stretched]
+    return words
 
 
 def _train_killed_half_way(directory: Path, words: list[object], tokens: int) -> None:
@@ -175,7 +178,7 @@ def _ask(directory: Path, prompts: tuple[str, ...]) -> list[dict[str, str]]:
 def _summarise(
     directory: Path, before: dict, after: dict, export: dict, samples: list[dict[str, str]], seconds: float
 ) -> dict[str, Any]:
-    steps = {event["step"]: event for event in read_events(directory) if event["event"] == "step"}
+    steps = last_steps(read_events(directory))
     last = steps[max(steps)]
     summary = {
         "steps": last["step"],

@@ -1,8 +1,10 @@
-"""Documents become batches: a pure function of (seed, token offset), whatever the number of ranks.
+"""Documents become batches: a pure function of (seed, sample index), whatever the number of ranks.
 
-Every epoch the documents are laid end to end in an order drawn from (seed, epoch). A sample is a window of `seq_len`
-tokens of that endless stream and is named by its token offset. Within a window attention stays inside a document
-(Llama 3 §3.2); a document's first token is never a target, every other token of the stream is one exactly once.
+Every epoch the documents are laid end to end in an order drawn from (seed, epoch) and cut into windows of `seq_len`
+tokens, which are taken in an order drawn from (seed, epoch, seq_len), so that the windows of a step come from all over
+the corpus. Within a window attention stays inside a document (Llama 3, section 3.2); a document's first token is never
+a target, every other token of a window is one. The end of an epoch that does not fill a window is left out; it is
+another one every epoch.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ class Batch:
     """Sequences of one forward on one rank.
 
     tokens, targets, documents: (B, L) int64; targets hold -100 where nothing is predicted; documents number the
-    documents of a row. ids: token offset of each window in the stream. weight: number of targets.
+    documents of a row. ids: sample index of each row. weight: number of targets.
     """
 
     tokens: Tensor
@@ -46,14 +48,25 @@ class Batch:
 
 
 class Stream:
-    """The endless token stream over the documents of one split."""
+    """The endless sequence of windows over the documents of one split."""
 
     def __init__(self, shards: Shards, seed: int) -> None:
         self.shards, self.seed = shards, seed
         self._epoch = -1
 
-    def window(self, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [offset, offset + length) of the stream, and which document each belongs to; both (length,)."""
+    def sample(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of sample `index` and the next one, and which document each belongs to; both (seq_len + 1,).
+
+        A sample is a function of (seed, index, seq_len): where seq_len changes within an epoch, the rest of the epoch is
+        drawn anew.
+        """
+        num_windows = max(1, self.shards.num_tokens // seq_len)
+        epoch, place = divmod(index, num_windows)
+        window = int(permute(self.seed ^ seq_len, epoch, num_windows)(place))
+        return self.read(epoch * self.shards.num_tokens + window * seq_len, seq_len + 1)
+
+    def read(self, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [offset, offset + length) of all epochs end to end, and the document each belongs to; (length,)."""
         tokens, documents = np.empty(length, np.int64), np.empty(length, np.int64)
         done = number = 0
         while done < length:
@@ -73,13 +86,13 @@ class Stream:
             self._epoch = epoch
 
 
-def packed(stream: Stream, offsets: list[int], seq_len: int) -> Batch:
-    """The windows at `offsets` as rows (B, seq_len) that hold several documents each."""
-    rows = [stream.window(offset, seq_len + 1) for offset in offsets]
+def packed(stream: Stream, indices: list[int], seq_len: int) -> Batch:
+    """The samples of these indices as rows (B, seq_len) that hold several documents each."""
+    rows = [stream.sample(index, seq_len) for index in indices]
     tokens, documents = (torch.from_numpy(np.stack(columns)) for columns in zip(*rows, strict=True))
     targets = torch.where(documents[:, 1:] == documents[:, :-1], tokens[:, 1:], IGNORED)
     weight = int((targets != IGNORED).sum())
-    return Batch(tokens[:, :-1].contiguous(), targets, documents[:, :-1].contiguous(), tuple(offsets), weight)
+    return Batch(tokens[:, :-1].contiguous(), targets, documents[:, :-1].contiguous(), tuple(indices), weight)
 
 
 def unpacked(batch: Batch) -> Batch:
@@ -108,14 +121,14 @@ def micro_batches(
     num_ranks: int,
     pack: bool = True,
 ) -> list[Batch]:
-    """This data-parallel rank's micro-batches of the step that starts at stream offset `cursor`.
+    """This data-parallel rank's micro-batches of the step that starts at `cursor` consumed tokens.
 
-    The step's windows are numbered from the cursor on; micro-step m takes windows [m * R * B, (m + 1) * R * B), rank r
-    the r-th B of them. So the union over ranks does not depend on their number.
+    The step takes samples cursor // seq_len onwards; its micro-step m takes R * B of them, of which rank r has the r-th
+    B. So the union over ranks does not depend on their number.
     """
-    per_step = num_ranks * micro_batch
+    start, num_samples = cursor // seq_len, batch_tokens // seq_len
     batches = []
-    for first in range(rank * micro_batch, batch_tokens // seq_len, per_step):
-        batch = packed(stream, [cursor + (first + row) * seq_len for row in range(micro_batch)], seq_len)
+    for first in range(start + rank * micro_batch, start + num_samples, num_ranks * micro_batch):
+        batch = packed(stream, list(range(first, first + micro_batch)), seq_len)
         batches.append(batch if pack else unpacked(batch))
     return batches

@@ -82,7 +82,7 @@ class Pretrain(GradientTask):
     def evaluate(self, split: str) -> dict[str, float]:
         """Mean loss (nats a token) over the first `eval.tokens` tokens of the split, with averaged weights if any."""
         seq_len = self.schedule.seq_len(self.train.tokens)
-        piece = seq_len * self.train.micro_batch * self.place.world_size
+        piece = self.train.seq_len * self.train.micro_batch * self.place.world_size
         tokens = max(1, min(self.evaluation.tokens, self.shards[split].num_tokens) // piece) * piece
         total = torch.zeros((), dtype=torch.float64)
         weight = 0
@@ -109,7 +109,7 @@ class Pretrain(GradientTask):
             offset,
             batch_tokens=tokens,
             seq_len=seq_len,
-            micro_batch=self.train.micro_batch,
+            micro_batch=self.train.micro_batch * self.train.seq_len // seq_len,
             rank=self.place.rank,
             num_ranks=self.place.world_size,
             pack=self.data.packing == "packed",

@@ -40,7 +40,8 @@ class TrainConfig(Section):
     seq_len: int = setting(512, "tokens in one sequence", "tokens", ge=2)
     micro_batch: int = setting(
         8,
-        "sequences of one forward on one rank; accumulation is batch_tokens / (seq_len * micro_batch * ranks)",
+        "sequences of one forward on one rank at train.seq_len (later stages keep its tokens); "
+        "accumulation is batch_tokens / (seq_len * micro_batch * ranks)",
         "sequences",
         ge=1,
     )
