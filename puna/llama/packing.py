@@ -66,7 +66,7 @@ class Stream:
         return self.read(epoch * self.shards.num_tokens + window * seq_len, seq_len + 1)
 
     def read(self, offset: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [offset, offset + length) of all epochs end to end, and the document each belongs to; (length,)."""
+        """Tokens [offset, offset + length) of all epochs end to end, and which document each is of; (length,)."""
         tokens, documents = np.empty(length, np.int64), np.empty(length, np.int64)
         done = number = 0
         while done < length:
