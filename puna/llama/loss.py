@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-CHUNK_BYTES = 1 << 27
+CHUNK_BYTES = 1 << 26
+MIN_CHUNK = 512
+"""Tokens below which adding to the weight's gradient would cost more than the products themselves."""
 
 
 def token_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Sum over tokens of -log softmax(hidden weight^T)[target], a float32 scalar (float64 for float64 inputs).
 
     hidden (..., D), weight (V, D), targets (...) with -100 where a token does not count. The logits exist for one chunk
-    of tokens at a time, `CHUNK_BYTES` of float32; their gradients are taken in the same pass, so that nothing is kept
-    and nothing computed twice.
+    of tokens at a time, `CHUNK_BYTES` of float32 or `MIN_CHUNK` tokens; their gradients are taken in the same pass, so
+    that nothing is kept and nothing computed twice.
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     counted = targets != IGNORED
@@ -28,7 +30,7 @@ class _TokenLossSum(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
         need_hidden, need_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        chunk = max(1, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
+        chunk = max(MIN_CHUNK, CHUNK_BYTES // (weight.shape[0] * exact.itemsize))
         total = torch.zeros((), dtype=exact, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=exact) if need_weight else None

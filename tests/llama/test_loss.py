@@ -9,6 +9,7 @@ from puna.llama.loss import token_loss_sum
 @pytest.fixture(params=[1, 5, 1 << 20], ids=["a token a chunk", "ragged chunks", "one chunk"])
 def chunk_tokens(request, monkeypatch):
     """Tokens a chunk at 11 float64 logits a token."""
+    monkeypatch.setattr(loss, "MIN_CHUNK", 1)
     monkeypatch.setattr(loss, "CHUNK_BYTES", request.param * 11 * 8)
 
 
@@ -41,13 +42,29 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda h, w: token_loss_sum(h, w, targets), (hidden, weight))
 
 
+def test_chunks_follow_the_bytes_of_their_logits_down_to_the_least_number_of_tokens(monkeypatch):
+    rows = []
+    mm = torch.mm
+
+    def counted(left, right, **out):
+        if right.shape == (4, 50):
+            rows.append(len(left))
+        return mm(left, right, **out)
+
+    monkeypatch.setattr(torch, "mm", counted)
+    monkeypatch.setattr(loss, "MIN_CHUNK", 3)
+    for chunk_bytes in (7 * 50 * 4, 1):
+        monkeypatch.setattr(loss, "CHUNK_BYTES", chunk_bytes)
+        token_loss_sum(torch.ones(10, 4), torch.ones(50, 4), torch.zeros(10, dtype=torch.long))
+    assert rows == [7, 3, 3, 3, 3, 1]
+
+
 def test_only_the_gradients_asked_for(monkeypatch):
     hidden, weight, targets = inputs()
     token_loss_sum(hidden.detach(), weight, targets).backward()
     token_loss_sum(hidden, weight.detach(), targets).backward()
     assert hidden.grad is not None
     assert weight.grad is not None
-    monkeypatch.setattr(torch, "mm", None)
     monkeypatch.setattr(loss, "add_product", None)
     with torch.no_grad():
         assert not token_loss_sum(hidden, weight, targets).requires_grad
@@ -64,6 +81,7 @@ def test_no_counted_token_gives_zero_and_zero_gradients():
 
 def test_weight_gradient_of_bfloat16_is_summed_in_float32(monkeypatch):
     """2,048 equal contributions: a bfloat16 sum stops growing at 256 of them."""
+    monkeypatch.setattr(loss, "MIN_CHUNK", 1)
     monkeypatch.setattr(loss, "CHUNK_BYTES", 2 * 4)
     hidden = torch.ones(2048, 2, dtype=torch.bfloat16)
     weight = torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True)
