@@ -9,8 +9,8 @@ from tokenizers import Tokenizer as Trainable
 
 from puna.llama.config import LlamaConfig
 from puna.llama.model import Llama
-from puna.llama.tokenizer import BEGIN_OF_TEXT, PATTERN, Tokenizer, special_names
-from puna.llama.tokenizer_json import byte_level
+from puna.llama.tokenizer import BEGIN_OF_TEXT, Tokenizer, special_names
+from puna.llama.tokenizer_json import PATTERN, byte_level
 
 LINES = ["the llama eats grass on the high plateau", "def add(a, b):\n    return a + b\n", "Ñandú, ¿qué? 日本語 🦙🦙"]
 NUM_SPECIAL = 12
@@ -38,7 +38,13 @@ def tiny_model(tokenizer: Tokenizer) -> Llama:
     """Weights wide enough that every position has favourites; a few ids more than the tokenizer has."""
     model = Llama(
         LlamaConfig(
-            num_layers=2, dim=32, ffn_dim=64, num_heads=4, num_kv_heads=2, head_dim=8, max_seq_len=96,
+            num_layers=2,
+            dim=32,
+            ffn_dim=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=8,
+            max_seq_len=96,
             vocab_size=tokenizer.vocab_size + 12,
         )
     )

@@ -13,8 +13,8 @@ from puna.console import track
 from puna.corpus import cache, rows
 from puna.errors import TokenizerError
 from puna.llama.shards import sha256_file, write_atomic
-from puna.llama.tokenizer import BEGIN_OF_TEXT, NAMED_SPECIALS, PATTERN, Tokenizer, special_names
-from puna.llama.tokenizer_json import byte_level
+from puna.llama.tokenizer import BEGIN_OF_TEXT, NAMED_SPECIALS, Tokenizer, special_names
+from puna.llama.tokenizer_json import PATTERN, byte_level
 
 SMALL_VOCAB = 16_384
 CODE = [Path(__file__), Path(rows.__file__)]

@@ -57,8 +57,8 @@ class Stream:
     def sample(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of sample `index` and the next one, and which document each belongs to; both (seq_len + 1,).
 
-        A sample is a function of (seed, index, seq_len): where seq_len changes within an epoch, the rest of the epoch is
-        drawn anew.
+        A sample is a function of (seed, index, seq_len): where seq_len changes within an epoch, the rest of the epoch
+        is drawn anew.
         """
         num_windows = max(1, self.shards.num_tokens // seq_len)
         epoch, place = divmod(index, num_windows)

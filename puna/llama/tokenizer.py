@@ -16,12 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import TokenizerError
+from puna.llama.tokenizer_json import PATTERN, byte_alphabet, from_ranks, from_sentencepiece
 
-# Pre-tokenizer pattern of Llama 3.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 BEGIN_OF_TEXT, END_OF_TEXT = "<|begin_of_text|>", "<|end_of_text|>"
 START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
 END_OF_MESSAGE, END_OF_TURN = "<|eom_id|>", "<|eot_id|>"
@@ -47,13 +43,6 @@ def special_names(num_special: int) -> list[str]:
     """Names of Llama 3's first `num_special` special tokens, in the order of their ids."""
     reserved = (f"<|reserved_special_token_{i}|>" for i in range(2, max(num_special - len(NAMED_SPECIALS), 0) + 2))
     return [*NAMED_SPECIALS, *reserved][:num_special]
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Characters that stand for the 256 bytes in a byte-level tokenizer.json (GPT-2's table): character -> byte."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 class _Form(ABC):
@@ -106,8 +95,6 @@ class _Ranks(_Form):
         return [[i for ids in islice(batch, len(own)) for i in ids] for own in parts]
 
     def to_json(self, bos: str) -> dict[str, Any]:
-        from puna.llama.tokenizer_json import from_ranks
-
         return from_ranks(self.ranks, self.special, bos)
 
 
@@ -139,8 +126,6 @@ class _SentencePiece(_Form):
         return self.model.Encode(list(texts), num_threads=_num_cores())
 
     def to_json(self, bos: str) -> dict[str, Any]:
-        from puna.llama.tokenizer_json import from_sentencepiece
-
         return from_sentencepiece(self.model, self.special, bos)
 
 

@@ -7,12 +7,23 @@ whose union is a piece becomes a merge, in the order of the unions.
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from puna.llama.tokenizer import PATTERN, byte_alphabet
-
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 Piece = TypeVar("Piece", str, bytes)
+
+# Pre-tokenizer pattern of Llama 3.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def byte_alphabet() -> dict[str, int]:
+    """Characters that stand for the 256 bytes in a byte-level tokenizer.json (GPT-2's table): character -> byte."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 def byte_level(

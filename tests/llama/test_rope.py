@@ -42,12 +42,14 @@ def test_channel_i_turns_with_channel_i_plus_half():
 def test_scores_depend_on_the_distance_only():
     config = LlamaConfig(head_dim=16)
     query, key = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64).unbind()
+
     def score(at_query, at_key):
         turned = (
             Rotary.at(torch.tensor([position]), config, torch.float64).turn(heads)
             for position, heads in ((at_query, query), (at_key, key))
         )
         return torch.mul(*turned).sum()
+
     torch.testing.assert_close(score(7, 3), score(107, 103))
     assert (score(7, 3) - score(8, 3)).abs() > 1e-6
 

@@ -16,13 +16,14 @@ from puna.llama.tokenizer import (
     SLICE_CHARS,
     Detokenizer,
     Tokenizer,
-    byte_alphabet,
     slices,
     special_names,
 )  # fmt: skip
 
 sys.path.append(str(Path(__file__).parents[1]))
 from tiny_llama import tiny_tokenizer
+
+from puna.llama.tokenizer_json import byte_alphabet
 
 # Ids of the Llama 3 file, worked out with a plain BPE; the last two entries of llama-models' own unit test.
 LLAMA3 = {
@@ -329,4 +330,3 @@ def test_unigram_model_has_no_hugging_face_form(tmp_path, data_dir):
     unigram = Tokenizer.load(data_dir / "tok-sentencepiece-test" / "test_model.model")
     with pytest.raises(TokenizerError, match="its scores are not merge ranks"):
         unigram.to_hf(tmp_path)
-

@@ -11,7 +11,8 @@ import sentencepiece
 import tiktoken
 from tiktoken.load import load_tiktoken_bpe
 
-from puna.llama.tokenizer import PATTERN, Tokenizer
+from puna.llama.tokenizer import Tokenizer
+from puna.llama.tokenizer_json import PATTERN
 
 ODD = ["", " ", "  \n\t x", "a\x00b", "\u200d\ufe0f👩‍👩‍👧", "ﬁ Å Å", "\r\n\r\n a", "١٢٣٤ 12345", "'S 'LL 'll"]
 RUNS = [char * n for char in (" ", "\n", "\t", "-", "=", "=-", "a", "0", "ab") for n in range(1, 80, 3)]
