@@ -12,7 +12,7 @@ demo: $(VENV)/demo.stamp
 	@echo
 	@echo "report    runs/demo/report.html"
 	@echo "figures   runs/demo/summary.json"
-	@echo "chat      $(VENV)/bin/puna serve runs/demo    then open http://127.0.0.1:8000"
+	@echo "chat      $(VENV)/bin/puna serve runs/demo    then open http://127.0.0.1:8000/#continue"
 
 long: $(VENV)/demo.stamp
 	$(RUN) puna.cli demo --minutes 30 --dir runs/long

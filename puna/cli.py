@@ -206,7 +206,8 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     loaded = load(recipe, overrides)  # before the slow import: a mistake is told at once
     from puna.run import train
 
-    _print(train(loaded), as_json)
+    if figures := train(loaded):
+        _print(figures, as_json)
 
 
 @puna.command("eval")

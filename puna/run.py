@@ -19,7 +19,7 @@ from puna.llama import hub
 from puna.llama.pretrain import Pretrain
 from puna.llama.shards import Shards, write_atomic
 from puna.llama.tokenizer import Tokenizer
-from puna.recipe import Loaded
+from puna.recipe import Loaded, Recipe
 from puna.train.checkpoint import complete_steps, hold_lock
 from puna.train.launch import launch
 from puna.train.loop import Run
@@ -42,15 +42,20 @@ FREE_TO_CHANGE = (
 def train(loaded: Loaded) -> dict[str, Any]:
     """Train by a recipe, on as many local processes as it asks for; resumes where its directory stands.
 
+    Under torchrun every rank calls it, and only rank 0 has something to return; the others get an empty dict.
     Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None).
     Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed.
     """
     config = loaded.recipe.run
     run = Path(config.dir)
-    if int(os.environ.get("RANK", "0")) == 0:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0:
         prepare(loaded, run)
-    launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads)
-    return outcome(run)
+    if "RANK" in os.environ:
+        train_ranks(loaded.recipe, run)
+    else:
+        launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads)
+    return outcome(run) if rank == 0 else {}
 
 
 def prepare(loaded: Loaded, run: Path) -> None:
@@ -86,9 +91,12 @@ def refuse_other_run(loaded: Loaded, run: Path) -> None:
 
 
 def work(directory: str) -> None:
-    """What every rank does."""
-    run = Path(directory)
-    recipe = recipes.load(run).recipe
+    """What every process that `train` launches does."""
+    train_ranks(recipes.load(directory).recipe, Path(directory))
+
+
+def train_ranks(recipe: Recipe, run: Path) -> None:
+    """One rank's part of a run."""
     with open_mesh(recipe.run, recipe.mesh) as place:
         recipes.check_ranks(recipe, place.world_size)
         compute = choose_compute(recipe.train.dtype, place.device)
@@ -141,6 +149,8 @@ def export(
     Returns out, step, num_parameters, num_bytes, and with check what `puna.evals.parity.compare` returns.
     Raises CheckpointError where the checkpoint is missing or `out` holds files.
     """
+    if complete_steps(path) and step is None:
+        step = complete_steps(path)[-1]
     loaded = hub.load(path, step=step)
     if loaded.tokenizer_dir is None:
         raise CheckpointError(f"{path} has no tokenizer", "Put its tokenizer.json or tokenizer.model there.")

@@ -13,7 +13,7 @@ def setting(default: Any, help: str, unit: str = "", **limits: Any) -> Any:
 class Section(BaseModel):
     """A frozen group of settings that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
 Stages = Annotated[tuple[tuple[int, int], ...], Field(strict=False)]

@@ -43,9 +43,7 @@ def test_json_lines_plain_and_compressed(tmp_path):
     assert open_source(str(tmp_path)).num_documents is None
 
 
-@pytest.mark.parametrize(
-    "row", ['{"text": 3}', '{"txt": "a"}', "[]", '"text"', "{", '{"text": "a"} x']
-)
+@pytest.mark.parametrize("row", ['{"text": 3}', '{"txt": "a"}', "[]", '"text"', "{", '{"text": "a"} x'])
 def test_bad_row_is_named(tmp_path, row):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + row + "\n")
     with pytest.raises(DataError, match=r"Row 2 of .*a\.jsonl is not a JSON object with a string under the key text"):

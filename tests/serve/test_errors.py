@@ -162,7 +162,9 @@ def test_wrong_paths_and_methods(http):
     assert fault(http.get("/v1/nothing"), 404)["message"] == "Not Found: GET /v1/nothing"
     assert fault(http.get(TEXT), 405)["message"] == "Method Not Allowed: GET /v1/completions"
     assert http.options(TEXT, headers={"Origin": "http://evil.example"}).status_code == 405
-    assert "access-control-allow-origin" not in http.get("/v1/models", headers={"Origin": "http://evil.example"}).headers
+    assert (
+        "access-control-allow-origin" not in http.get("/v1/models", headers={"Origin": "http://evil.example"}).headers
+    )
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", ""])
