@@ -25,6 +25,7 @@ from puna.recipe import load
 from puna.report import write_report
 from puna.train.metrics import append_event, last_steps, read_events
 
+VOCAB_SIZE = 4096
 PROBE_STEPS = 48
 RESERVE_SECONDS = 105.0  # evaluation before and after, resume, export and its check, serving, report
 PROMPTS = ("def read_lines(path):\n", 'class Queue:\n    """', "import os\nimport ")
@@ -38,7 +39,7 @@ def main(directory: Path, minutes: float = 9.0) -> dict[str, Any]:
     err.rule("1. the standard library's source: read, filtered, deduplicated, split")
     _puna("corpus", "build", "--source", "stdlib", "--out", corpus)
     err.rule("2. a byte-level BPE tokenizer and token shards")
-    _puna("corpus", "tokenizer", corpus, "--vocab-size", "4096", "--out", tokenizer)
+    _puna("corpus", "tokenizer", corpus, "--vocab-size", VOCAB_SIZE, "--out", tokenizer)
     _puna("corpus", "tokenize", corpus, "--tokenizer", tokenizer, "--out", shards)
     err.rule("3. training: two processes, killed half-way with SIGKILL, resumed")
     seconds = minutes * 60 - (time.monotonic() - started) - RESERVE_SECONDS
@@ -168,9 +169,9 @@ def _ask(directory: Path, prompts: tuple[str, ...]) -> list[dict[str, str]]:
     with _server(directory, port) as url:
         client = OpenAI(base_url=url, api_key="unused")
         for prompt in prompts:
-            answer = client.completions.create(model="demo", prompt=prompt, max_tokens=96, temperature=0, seed=0)
+            answer = client.completions.create(model="demo", prompt=prompt, max_tokens=96, temperature=0.7, seed=0)
             samples.append({"prompt": prompt, "completion": answer.choices[0].text})
-            err.print(f"[cyan]{prompt}[/cyan]{answer.choices[0].text}", markup=False)
+            err.print(prompt + answer.choices[0].text, markup=False)
             append_event(directory, {"event": "sample", **samples[-1]})
     return samples
 
