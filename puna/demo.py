@@ -5,8 +5,8 @@ half-way with SIGKILL, and gathers the figures into summary.json.
 """
 
 import json
-import os
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from puna.console import err
-from puna.errors import PunaError, RankFailed
+from puna.errors import PunaError, RankFailed, UserError
+from puna.llama.shards import write_atomic
 from puna.recipe import load
 from puna.report import write_report
 from puna.train.metrics import append_event, last_steps, read_events
@@ -43,7 +44,7 @@ def main(directory: Path, minutes: float = 9.0) -> dict[str, Any]:
     _puna("corpus", "tokenize", corpus, "--tokenizer", tokenizer, "--out", shards)
     err.rule("3. training: two processes, killed half-way with SIGKILL, resumed")
     seconds = minutes * 60 - (time.monotonic() - started) - RESERVE_SECONDS
-    tokens = _affordable_tokens(directory, shards, seconds)
+    tokens = _planned_tokens(directory, shards, minutes, seconds)
     train = ["train", "demo", "--run.dir", directory, "--data.path", shards, "--train.tokens", tokens, *_stages(tokens)]
     train += ["--checkpoint.every", max(20, tokens // load("demo").recipe.train.batch_tokens // 8)]
     train += ["--checkpoint.initial", "true"]
@@ -52,6 +53,7 @@ def main(directory: Path, minutes: float = 9.0) -> dict[str, Any]:
     before = _puna("eval", directory, "--step", "0", "--no-baselines", "--json")
     after = _puna("eval", directory, "--baselines", "--json")
     err.rule("5. a Hugging Face folder, compared with transformers token for token")
+    shutil.rmtree(directory / "hf", ignore_errors=True)
     export = _puna("export", directory, "--to", "hf", "--out", directory / "hf", "--check", "--json")
     err.rule("6. served over HTTP, asked through the official openai client")
     samples = _ask(directory, PROMPTS)
@@ -77,6 +79,31 @@ def _command(words: tuple[object, ...] | list[object]) -> list[str]:
 
 def _shown(words: tuple[object, ...] | list[object]) -> str:
     return shlex.join(map(str, words))
+
+
+def _planned_tokens(directory: Path, shards: Path, minutes: float, seconds: float) -> int:
+    """Tokens to train on: those of an earlier start in this directory, which goes on, or what `seconds` afford.
+
+    Raises UserError where the directory holds a job of another length, or a run that is no demo.
+    """
+    plan = directory / "demo.json"
+    if plan.is_file():
+        kept = json.loads(plan.read_text())
+        if kept["minutes"] != minutes:
+            raise UserError(
+                f"{directory} holds a demo of {kept['minutes']:g} minutes, not {minutes:g}",
+                "Give the same --minutes to go on with it, or another --dir.",
+            )
+        return kept["tokens"]
+    if (directory / "checkpoints").exists():
+        raise UserError(f"{directory} holds a run that is no demo", "Give another folder with --dir.")
+    tokens = _affordable_tokens(directory, shards, seconds)
+    _write_json(plan, {"minutes": minutes, "tokens": tokens})
+    return tokens
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _affordable_tokens(directory: Path, shards: Path, seconds: float) -> int:
@@ -196,7 +223,5 @@ def _summarise(
         "served_completion": samples[0]["completion"],
         "seconds": seconds,
     }
-    temporary = directory / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    os.replace(temporary, directory / "summary.json")
+    _write_json(directory / "summary.json", summary)
     return summary

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from puna.demo import _stages, main, resume_max_abs_loss_diff
-from puna.errors import PunaError
+from puna.demo import _planned_tokens, _stages, main, resume_max_abs_loss_diff
+from puna.errors import PunaError, UserError
 from puna.recipe import load
 from puna.train.metrics import append_event
 
@@ -39,3 +39,16 @@ def test_a_step_that_fails_ends_the_job_with_its_command(tmp_path, monkeypatch, 
     with pytest.raises(PunaError, match=r"puna corpus tokenizer .* ended with status 2"):
         main(tmp_path / "demo", minutes=1)
     assert "error: " in capfd.readouterr().err
+
+
+def test_a_job_goes_on_with_the_tokens_it_was_started_with(tmp_path):
+    (tmp_path / "demo.json").write_text('{"minutes": 9.0, "tokens": 123}')
+    assert _planned_tokens(tmp_path, tmp_path / "shards", 9.0, 1.0) == 123
+    with pytest.raises(UserError, match="holds a demo of 9 minutes, not 30"):
+        _planned_tokens(tmp_path, tmp_path / "shards", 30.0, 1.0)
+
+
+def test_another_run_is_left_alone(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds a run that is no demo"):
+        _planned_tokens(tmp_path, tmp_path / "shards", 9.0, 1.0)

@@ -112,7 +112,7 @@ def test_missing_shards(fails):
 def test_model_smaller_than_the_tokenizer(folder):
     done = puna(folder, "train", "tiny", "--run.dir", "small", "--data.path", "shards")
     assert done.returncode == 2
-    assert "model.vocab_size is 512 but the tokenizer of shards has 768" in done.stderr
+    assert "model.vocab_size is 512 but the tokenizer of shards has 768. Set model.vocab_size to 768" in done.stderr
 
 
 def test_missing_tokenizer(fails, folder, exported):
