@@ -41,7 +41,7 @@ def test_groups_stay_together():
 
 
 def test_small_documents_do_not_crowd_in():
-    """With sizes as uneven as those of source files, held-out documents are as large, and so as few, as those allowed."""
+    """With sizes as uneven as those of source files, held-out documents are as large and as few as those allowed."""
     sizes = np.random.default_rng(0).lognormal(9, 1.2, 1000).astype(int)
     largest = max(0.005 * sizes.sum(), 4 * sizes.mean())
     chosen = [sizes[choose_heldout(NAMES, sizes.tolist(), 0.05, seed)] for seed in range(40)]
