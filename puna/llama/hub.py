@@ -1,7 +1,6 @@
-"""Hugging Face folders in and out: config.json, safetensors (one file or shards with an index), tokenizer files."""
+"""Model folders in and out. Hugging Face's: config.json, safetensors (or torch) files, one or shards with an index, and
+tokenizer files. Meta's: see `meta.py`. Run directories: in."""
 
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -15,16 +14,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from puna.errors import CheckpointError
+from puna.llama import meta
 from puna.llama.config import LlamaConfig, RopeScaling
+from puna.llama.folder import AGAIN, new_folder, read_json, read_tensors, require, write_json
 from puna.llama.model import Llama
+from puna.llama.tokenizer import Tokenizer
 from puna.train import checkpoint
+from puna.train.mesh import DTYPES
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
+WEIGHTS = (SINGLE, "pytorch_model.bin")
+"""Files that hold all weights, best first; shards are listed in NAME.index.json."""
 RUN_MODEL = "model.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 DERIVED = "rotary_emb.inv_freq"
 """Ending of tensors in old Llama 2 folders that only repeat what config.json says."""
+COMPLETE = "Give a complete Hugging Face folder (config.json and weights), a Meta folder or a run directory."
 
 
 class Loaded(NamedTuple):
@@ -42,7 +48,7 @@ def build(config: LlamaConfig) -> Llama:
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None, step: int | None = None) -> Loaded:
-    """The model of a Hugging Face folder or of a run directory, in `dtype` or in the dtype of its file.
+    """The model of a Hugging Face folder, a Meta folder or a run directory, in `dtype` or in the dtype of its file.
 
     step: a run's checkpoint, the newest where None; averaged weights where the run has begun to average.
     Raises CheckpointError, which names every missing, unexpected or differently shaped tensor.
@@ -52,15 +58,29 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, step: int | None 
         return load_run(folder, dtype, step)
     if step is not None:
         raise CheckpointError(f"{folder} is not a run directory, so it has no steps", "Leave the step out.")
-    require(folder, "config.json")
+    if meta.is_meta(folder) and not is_hf(folder):
+        return load_meta(folder, dtype)
+    return load_hf(folder, dtype)
+
+
+def load_hf(folder: Path, dtype: torch.dtype | None) -> Loaded:
+    """The model of a Hugging Face folder."""
+    require(folder, "config.json", COMPLETE)
     config = config_from_hf(read_json(folder / "config.json"), folder / "config.json")
     model = build(config)
     files = weight_files(folder)
     check(shapes_in(files), model, folder)
     for file in files:
         model.load_state_dict(tensors_of(file, dtype), strict=False, assign=True)
-    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    return Loaded(model, config, folder if has_tokenizer else None)
+    return Loaded(model, config, tokenizer_in(folder))
+
+
+def load_meta(folder: Path, dtype: torch.dtype | None) -> Loaded:
+    """The model of a folder with params.json and consolidated.0N.pth."""
+    source = meta.read(folder)
+    model = build(source.config).to(dtype or source.dtype).to_empty(device="cpu")
+    source.fill(model.state_dict())
+    return Loaded(model, source.config, tokenizer_in(folder))
 
 
 def load_run(run: Path, dtype: torch.dtype | None, step: int | None) -> Loaded:
@@ -71,6 +91,38 @@ def load_run(run: Path, dtype: torch.dtype | None, step: int | None) -> Loaded:
     model = build(config).to_empty(device="cpu")
     checkpoint.load_module(run, model, manifest.cursor.units, "average.model" if averaged else "model")
     return Loaded(model.to(dtype) if dtype else model, config, run / "tokenizer")
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    """The folder itself where it holds a tokenizer."""
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+
+
+def export_meta(
+    path: Path, out: Path, step: int | None = None, dtype: str | None = None, num_parts: int = 1
+) -> dict[str, Any]:
+    """Write any checkpoint that `load` reads as a Meta folder of `num_parts` tensor-parallel parts.
+
+    Returns out, num_parts, num_parameters, num_bytes. Raises CheckpointError as `load` and `meta.save` do.
+    """
+    loaded = load(path, step=step)
+    with tempfile.TemporaryDirectory() as own:
+        if loaded.tokenizer_dir is not None:
+            Tokenizer.load(loaded.tokenizer_dir).save(Path(own))
+        meta.save(
+            loaded.model.state_dict(),
+            loaded.config,
+            out,
+            num_parts=num_parts,
+            tokenizer_dir=own,
+            dtype=DTYPES[dtype] if dtype else None,
+        )
+    return {
+        "out": str(out),
+        "num_parts": num_parts,
+        "num_parameters": loaded.config.num_parameters,
+        "num_bytes": sum(file.stat().st_size for file in out.iterdir()),
+    }
 
 
 def save(
@@ -89,14 +141,8 @@ def save(
     `dtype`: of the file; None keeps each tensor's own. `bos`, `eos`: ids for generation_config.json.
     Raises CheckpointError if the folder already holds files or the state does not fit the config.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is already there", "Choose a new folder, or remove this one first.")
     check({name: tuple(tensor.shape) for name, tensor in state.items()}, build(config), "the state dict")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        partial = Path(scratch) / "folder"
-        partial.mkdir()
+    with new_folder(Path(folder)) as partial:
         write_tensors(state, partial, dtype, max_shard_bytes)
         ids = {"bos_token_id": bos, "eos_token_id": list(eos) or None}
         stored = dtype or next(iter(state.values())).dtype
@@ -104,7 +150,6 @@ def save(
         write_json(partial / "generation_config.json", ids)
         if tokenizer_dir is not None:
             shutil.copytree(tokenizer_dir, partial, dirs_exist_ok=True)
-        os.replace(partial, folder)
 
 
 def config_from_hf(values: Mapping[str, Any], source: str | Path) -> LlamaConfig:
@@ -193,13 +238,39 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: the single one, or those its index names."""
-    if not (folder / INDEX).is_file():
-        require(folder, SINGLE)
-        return [folder / SINGLE]
-    names = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+    """The files with the weights of a folder: the single one, or those its index names. Raises CheckpointError."""
+    single = next((name for name in WEIGHTS if has_weights(folder, name)), SINGLE)
+    if (folder / index_of(single)).is_file():
+        return indexed_files(folder, index_of(single))
+    require(folder, single, COMPLETE)
+    return [folder / single]
+
+
+def is_hf(folder: Path) -> bool:
+    """Whether a folder has weights in Hugging Face's form."""
+    return any(has_weights(folder, name) for name in WEIGHTS)
+
+
+def has_weights(folder: Path, single: str) -> bool:
+    """Whether a folder has this file or the index of its shards."""
+    return (folder / single).is_file() or (folder / index_of(single)).is_file()
+
+
+def index_of(weights: str) -> str:
+    """Name of the file that lists the shards of `weights`."""
+    return f"{weights}.index.json"
+
+
+def indexed_files(folder: Path, index: str) -> list[Path]:
+    """The shards that an index names, each in the folder itself."""
+    places = read_json(folder / index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{folder / index} has no weight_map from tensors to files", AGAIN)
+    names = sorted(set(places.values()))
     for name in names:
-        require(folder, name)
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder / index} names {name}, which is not a file of its own folder", AGAIN)
+        require(folder, name, COMPLETE)
     return [folder / name for name in names]
 
 
@@ -207,14 +278,19 @@ def shapes_in(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor, read from the headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
-        with opened(file) as tensors:
-            names = (name for name in tensors.keys() if not name.endswith(DERIVED))  # noqa: SIM118
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
+        if file.suffix == ".bin":
+            found = {name: tuple(tensor.shape) for name, tensor in read_tensors(file).items()}
+        else:
+            with opened(file) as tensors:
+                found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        shapes |= {name: shape for name, shape in found.items() if not name.endswith(DERIVED)}
     return shapes
 
 
 def tensors_of(file: Path, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors of one file, in memory."""
+    if file.suffix == ".bin":
+        return {name: tensor.to(dtype or tensor.dtype, copy=True) for name, tensor in read_tensors(file).items()}
     with opened(file) as tensors:
         return {name: tensors.get_tensor(name).to(dtype) for name in tensors.keys()}  # noqa: SIM118
 
@@ -224,7 +300,7 @@ def opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise CheckpointError(f"{file} is damaged: {error}", "Fetch or export the file again.") from error
+        raise CheckpointError(f"{file} is damaged: {error}", AGAIN) from error
 
 
 def check(found: Mapping[str, tuple[int, ...]], model: Llama, source: str | Path) -> None:
@@ -274,24 +350,3 @@ def shard_names(state: Mapping[str, Tensor], dtype: torch.dtype | None, max_shar
 
 def num_bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
     return tensor.numel() * (dtype or tensor.dtype).itemsize
-
-
-def require(folder: Path, name: str) -> None:
-    """Raise CheckpointError, saying what there is, unless `folder` holds the file `name`."""
-    if (folder / name).is_file():
-        return
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder", "Give a folder with config.json and safetensors files.")
-    there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
-    raise CheckpointError(f"{folder} has no {name}; it holds {there}", "Give a complete Hugging Face folder.")
-
-
-def read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}", "Fetch or export the file again.") from error
-
-
-def write_json(file: Path, values: Any) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

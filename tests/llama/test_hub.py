@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_a_folder_in_use_is_not_overwritten(folder, state):
 
 
 def test_a_missing_folder_and_missing_files_say_what_is_there(tmp_path, folder):
-    with pytest.raises(CheckpointError, match=r"nowhere is not a folder. Give a folder with config.json"):
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder. Give a complete Hugging Face folder"):
         hub.load(tmp_path / "nowhere")
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"has no model.safetensors; it holds config.json, gen"):
@@ -157,3 +158,82 @@ def test_configurations_of_other_models_are_refused(folder, changes, words):
     rewrite(folder / "config.json", **changes)
     with pytest.raises(CheckpointError, match=words):
         hub.load(folder)
+
+
+# --- torch files and indexes
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_torch_files_of_older_folders_are_read(folder, state, sharded):
+    (folder / "model.safetensors").unlink()
+    if sharded:
+        names = list(state)
+        places = {name: f"pytorch_model-{at % 2}.bin" for at, name in enumerate(names)}
+        for file in set(places.values()):
+            torch.save({name: state[name] for name in names if places[name] == file}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    else:
+        torch.save(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "pytorch_model.bin")
+    model = hub.load(folder).model
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert hub.load(folder, torch.bfloat16).model.head.dtype == torch.bfloat16
+
+
+def test_safetensors_are_preferred_to_torch_files(folder, state):
+    torch.save({name: tensor + 1 for name, tensor in state.items()}, folder / "pytorch_model.bin")
+    assert torch.equal(hub.load(folder).model.head, state["lm_head.weight"])
+
+
+def test_a_torch_file_that_would_run_code_is_refused(folder, state, tmp_path):
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Runs(str(tmp_path / "pwned"))}, folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin holds posix.mkdir, not only tensors"):
+        hub.load(folder)
+    assert not (tmp_path / "pwned").exists()
+
+
+class Runs:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "names ../model.safetensors, which is not a file of"),
+        ({"weight_map": {"lm_head.weight": "/etc/passwd"}}, "names /etc/passwd, which is not a file of its own folder"),
+        ({"weight_map": {"lm_head.weight": 3}}, "has no weight_map from tensors to files"),
+        ({"metadata": {}}, "index.json has no weight_map"),
+        ({"weight_map": {"lm_head.weight": "gone.safetensors"}}, "has no gone.safetensors; it holds config.json"),
+        ({"weight_map": {"lm_head.weight": "model.safetensors"}}, None),
+        ([], "holds no JSON object"),
+    ],
+)
+def test_an_index_that_leads_nowhere(folder, index, words):
+    """One that names too few tensors is read all the same, as long as its files hold all."""
+    (folder / hub.INDEX).write_text(json.dumps(index))
+    if words is None:
+        hub.load(folder)
+        return
+    with pytest.raises(CheckpointError, match=words):
+        hub.load(folder)
+
+
+def test_a_shard_without_its_tensors_is_noticed(tmp_path, state):
+    hub.save(state, CONFIG, tmp_path / "model", max_shard_bytes=20_000)
+    index = json.loads((tmp_path / "model" / hub.INDEX).read_text())
+    first = sorted(set(index["weight_map"].values()))[0]
+    kept = {name: place for name, place in index["weight_map"].items() if place != first}
+    (tmp_path / "model" / hub.INDEX).write_text(json.dumps({"weight_map": kept}))
+    with pytest.raises(CheckpointError, match=r"missing model.embed_tokens.weight \(61, 32\)"):
+        hub.load(tmp_path / "model")
+
+
+def test_a_step_of_a_folder(folder):
+    with pytest.raises(CheckpointError, match="is not a run directory, so it has no steps"):
+        hub.load(folder, step=3)

@@ -1,0 +1,81 @@
+"""A machine as measured: what `puna doctor --write` leaves for the planner, one TOML file a machine. No torch here."""
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomli_w
+from pydantic import ValidationError
+
+from puna.errors import DataError
+from puna.train.config import Section, setting
+
+HEADER = "# Measured by `puna doctor --write`. The unit of each key is in [units].\n\n"
+
+
+class Hardware(Section):
+    """One device of a machine, its links to the machine's other processes, and its disk; None where nothing was measured.
+
+    Rates are what torch reaches here, not what a data sheet says.
+    """
+
+    format_version: int = setting(1, "of this file")
+    name: str = setting("this machine", "how the planner is told to use it")
+    measured: str = setting("", "when", "UTC date and time")
+    software: str = setting("", "what the rates were measured with")
+    device: Literal["cpu", "cuda"] = setting("cpu", "kind of the device")
+    device_name: str = setting("", "as its maker calls it")
+    num_devices: int = setting(1, "devices of this kind in the machine", "devices", ge=1)
+    num_cores: int = setting(1, "CPU cores that a process may use", "cores", ge=1)
+    memory: int | None = setting(None, "of one device", "bytes", ge=0)
+    matrix_flops: dict[str, float] = setting({}, "rate of a large square matrix product, by dtype", "FLOP/s")
+    memory_bandwidth: dict[str, float] = setting(
+        {}, "bytes read and written by y = 2 x on arrays larger than caches, by dtype", "bytes/s"
+    )
+    link_latency: float | None = setting(None, "all-reduce of one number between two processes", "s", gt=0)
+    link_bandwidth: float | None = setting(
+        None, "bytes of an array by the seconds of its all-reduce between two processes", "bytes/s", gt=0
+    )
+    disk_write: float | None = setting(None, "sequential, until it is safe on the disk", "bytes/s", gt=0)
+    disk_read: float | None = setting(None, "sequential, not from the page cache", "bytes/s", gt=0)
+
+
+def default_path() -> Path:
+    """Where the entry of this machine is kept: $XDG_CONFIG_HOME/puna/hardware/this-machine.toml (~/.config if unset)."""
+    base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(base) / "puna" / "hardware" / "this-machine.toml"
+
+
+def units() -> dict[str, str]:
+    """The unit of every key that has one."""
+    extras = {key: field.json_schema_extra for key, field in Hardware.model_fields.items()}
+    found = {key: str(extra["unit"]) for key, extra in extras.items() if isinstance(extra, dict)}
+    return {key: unit for key, unit in found.items() if unit}
+
+
+def write(hardware: Hardware, path: Path) -> None:
+    """Write an entry; a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    values = hardware.model_dump(exclude_none=True) | {"units": units()}
+    temporary.write_text(HEADER + tomli_w.dumps(values), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read(path: Path) -> Hardware:
+    """Read an entry. Raises DataError, which names the file and the key."""
+    again = "Write it again: puna doctor --write."
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"There is no hardware entry {path}", "Write it: puna doctor --write.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not TOML: {error}", again) from error
+    values.pop("units", None)
+    try:
+        return Hardware.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path}: {key}: {first['msg']}", again) from error
