@@ -1,6 +1,5 @@
 """`puna doctor`: looks this machine over and says what it is, how fast, and what ails it."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +7,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from puna.console import bar
 from puna.doctor.disk import disk_rates
@@ -122,7 +121,8 @@ def link_step(kind: str) -> Step:
     """Two processes talk through gloo or NCCL."""
     from puna.doctor import probes
 
-    return Step(f"two {kind} processes", f"{kind}.link", partial(probes.link, kind), "GLOO_SOCKET_IFNAME=lo puna doctor")
+    command = "GLOO_SOCKET_IFNAME=lo puna doctor"
+    return Step(f"two {kind} processes", f"{kind}.link", partial(probes.link, kind), command)
 
 
 def nested(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,27 +139,30 @@ def nested(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 def hardware_entry(machine: Machine, installed: Mapping[str, str | None], figures: Mapping[str, Any]) -> Hardware:
     """The planner's entry: of the CUDA devices where there are any, else of the CPU."""
-    cards = figures.get("devices") or []
-    kind = "cuda" if cards else "cpu"
+    cards = figures.get("devices", [])
+    kind: Literal["cpu", "cuda"] = "cuda" if cards else "cpu"
     link, disk = figures.get(f"{kind}.link", {}), figures.get("disk", {})
     threads = figures["torch"]["num_threads"] if "torch" in figures else 0
     return Hardware(
         measured=datetime.now(UTC).isoformat(timespec="seconds"),
         software=f"puna {installed['puna']}, torch {installed['torch']}, {threads} threads",
-        device="cuda" if cards else "cpu",
+        device=kind,
         device_name=cards[0]["name"] if cards else machine.cpu or "",
         num_devices=max(len(cards), 1),
         num_cores=machine.num_cores,
         memory=cards[0]["memory"] if cards else machine.memory,
-        matrix_flops={dtype: figures[key] for dtype in DTYPES if (key := f"{kind}.matrix_flops.{dtype}") in figures},
-        memory_bandwidth={
-            dtype: figures[key] for dtype in DTYPES if (key := f"{kind}.memory_bandwidth.{dtype}") in figures
-        },
+        matrix_flops=by_dtype(figures, f"{kind}.matrix_flops"),
+        memory_bandwidth=by_dtype(figures, f"{kind}.memory_bandwidth"),
         link_latency=link.get("latency"),
         link_bandwidth=link.get("bandwidth"),
         disk_write=disk.get("write"),
         disk_read=disk.get("read"),
     )
+
+
+def by_dtype(figures: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The figures under a dotted prefix, by dtype."""
+    return {dtype: figures[f"{prefix}.{dtype}"] for dtype in DTYPES if f"{prefix}.{dtype}" in figures}
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
@@ -169,7 +172,8 @@ def text(report: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = [*about(report), "", *table(report["figures"]), ""]
     for finding in report["findings"]:
-        lines += [f"{finding['severity']}: {finding['what']}", f"  why   {finding['why']}", f"  mend  {finding['command']}"]
+        lines.append(f"{finding['severity']}: {finding['what']}")
+        lines += [f"  why   {finding['why']}", f"  mend  {finding['command']}"]
     if not report["findings"]:
         lines.append("nothing is slow or missing")
     kept = f"written to {report['written']}" if report["written"] else "kept for the planner with: puna doctor --write"

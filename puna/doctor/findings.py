@@ -55,7 +55,8 @@ def about_packages(
             why = f"torch {versions['torch']} was built for the CPU alone"
             command = "pip install --force-reinstall torch"
         else:
-            why = f"torch {versions['torch']} was built for CUDA {facts['cuda']}; the driver may be older, or devices hidden"
+            built = f"torch {versions['torch']} was built for CUDA {facts['cuda']}"
+            why = f"{built}; the driver may be older, or devices hidden"
             command = "nvidia-smi; echo CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"
         yield Finding("warning", "torch does not see the NVIDIA device of this machine", why, command)
     if not machine.has_compiler:

@@ -10,10 +10,12 @@ from pathlib import Path
 from puna import __version__
 
 PACKAGES = (
-    "torch", "numpy", "safetensors", "tokenizers", "tiktoken", "sentencepiece", "transformers", "fastapi", "tensorboard",
+    "torch", "numpy", "safetensors", "tokenizers", "tiktoken", "sentencepiece", "transformers", "fastapi",
+    "tensorboard",
 )  # fmt: skip
 MATRIX_FLAGS = (
-    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimdhp", "bf16",
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimdhp",
+    "bf16",
 )  # fmt: skip
 """Instructions on which the speed of matrices hangs, as /proc/cpuinfo names them."""
 
@@ -21,7 +23,7 @@ MATRIX_FLAGS = (
 @dataclass(frozen=True)
 class Machine:
     """cpu, memory and load are None where the system does not tell. num_cores: those this process may use. quota_cores:
-    what a container may use of them. load: processes that wanted to run, over the last minute. flags: of MATRIX_FLAGS."""
+    what a container may use of them. load: processes that wanted to run, over the last minute. flags: MATRIX_FLAGS."""
 
     system: str
     cpu: str | None

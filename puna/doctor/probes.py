@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,6 +19,8 @@ from puna.train.mesh import DTYPES, choose_device, join_group, matrix_rate
 
 NUM_PROCESSES = 2
 LATENCY_ROUNDS, LARGE_BYTES, LARGE_ROUNDS = 200, 32 << 20, 5
+MAX_SECONDS = 30
+"""After which two processes that cannot meet are given up."""
 
 
 def devices() -> list[dict[str, Any]]:
@@ -67,8 +70,11 @@ def best_of(rounds: int, work: Callable[[], None]) -> float:
 def link(kind: str) -> dict[str, float]:
     """Latency (s) and bandwidth (bytes/s) of an all-reduce between two processes of this machine.
 
-    Through gloo on CPU tensors, or NCCL on those of two CUDA devices. Raises RankFailed where they cannot talk.
+    Through gloo on CPU tensors, or NCCL on those of two CUDA devices. Raises DeviceError or RankFailed where they
+    cannot talk.
     """
+    if "RANK" in os.environ:
+        raise DeviceError("a launcher has set RANK, so no processes can be started", "Run puna doctor by itself.")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "link.json"
         launch("puna.doctor.probes:exchange", [str(out), kind], NUM_PROCESSES, Path(scratch), num_threads=1)
@@ -77,6 +83,7 @@ def link(kind: str) -> dict[str, float]:
 
 def exchange(out: str, kind: str) -> None:
     """What each of the two processes does; rank 0 writes the figures."""
+    signal.alarm(MAX_SECONDS)
     try:
         figures = _exchange(choose_device("cuda" if kind == "cuda" else "cpu"))
     except Exception as error:  # whatever the network makes of it, said by the launcher as one sentence

@@ -52,7 +52,7 @@ def parity(
     """Hold the three roads against one another for a run directory, a Hugging Face folder or a Meta folder.
 
     prompts_file: texts to score, see `read_prompts`; built-in ones where None. dtype: of all weights and of the work.
-    Scored are the prompts and a greedy continuation of each, up to 32 tokens long. Returns passed, failures (sentences),
+    Scored are the prompts and a greedy continuation of each, up to 32 tokens. Returns passed, failures (sentences),
     dtype, tolerance, logprob_max_abs_diff (nats; one of each pair of roads, and loss: of the training loss from the sum
     of its parts, a token), token_ids_identical, greedy_identical, num_prompts, num_tokens. In 16 bits another greedy
     continuation is no failure: near ties fall either way. Raises CheckpointError, DataError, TokenizerError.
@@ -198,7 +198,8 @@ def too_wide(gaps: dict[str, float], tolerance: float) -> Iterator[str]:
     """A sentence for every gap above the tolerance (or not a number)."""
     for name, gap in gaps.items():
         if not gap <= tolerance:
-            yield f"{name.replace('_', ' and ')}: log-probabilities differ by up to {gap:.3g} nats, allowed {tolerance:g}"
+            pair = name.replace("_", " and ")
+            yield f"{pair}: log-probabilities differ by up to {gap:.3g} nats, allowed {tolerance:g}"
 
 
 def unlike(what: str, same: Sequence[bool], prompts: Sequence[str]) -> list[str]:

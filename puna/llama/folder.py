@@ -82,7 +82,7 @@ def _refusal(file: Path, what: str) -> CheckpointError:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `folder` when the block ends well. Raises CheckpointError where that is in use."""
+    """A folder to fill; it becomes `folder` when the block ends well. Raises CheckpointError where that is in use."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise CheckpointError(f"{folder} is already there", "Choose a new folder, or remove this one first.")
     folder.parent.mkdir(parents=True, exist_ok=True)

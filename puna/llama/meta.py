@@ -1,8 +1,8 @@
 """Meta's own checkpoint folders in and out: params.json and consolidated.00.pth, consolidated.01.pth, ...
 
 Each file is one tensor-parallel part: it holds every name, and of a shared-out tensor its own rows or columns. Rotary
-embedding turns neighbouring channels (2i, 2i + 1) there and (i, i + head_dim / 2) here, so the rows of the query and key
-matrices stand in another order (reference code of Llama 2 and 3, `apply_rotary_emb`).
+embedding turns neighbouring channels (2i, 2i + 1) there and (i, i + head_dim / 2) here, so the rows of the query and
+key matrices stand in another order (reference code of Llama 2 and 3, `apply_rotary_emb`).
 """
 
 import shutil
@@ -186,10 +186,10 @@ def config_from_params(
 ) -> LlamaConfig:
     """LlamaConfig of a params.json and the header of the first part.
 
-    What Meta's file leaves open: the vocabulary of Llama 2 (-1; as many rows as the parts have); whether the head is the
-    embedding table (where the parts hold no other); the context (131,072 with scaled frequencies, else 8,192, 4,096 or
-    16,384 for the rotary base of Llama 3, Llama 2 or Code Llama); the factor of the scaling (32 for the small models of
-    3.2, the ones with a tied head, else 8). Raises CheckpointError for unknown keys.
+    What Meta's file leaves open: the vocabulary of Llama 2 (-1: as many rows as the parts have); whether the head is
+    the embedding table (where the parts hold no other); the context (131,072 with scaled frequencies, else 8,192, 4,096
+    or 16,384 for the rotary base of Llama 3, Llama 2 or Code Llama); the factor of the scaling (32 for the small models
+    of 3.2, the ones with a tied head, else 8). Raises CheckpointError for unknown keys.
     """
     if unknown := sorted(params.keys() - KNOWN):
         raise CheckpointError(
@@ -255,7 +255,7 @@ def refuse_uneven(config: LlamaConfig, source: str | Path, num_parts: int) -> No
 
 
 def check(headers: list[dict[str, Tensor]], parts: list[Path], table: Mapping[str, Share]) -> None:
-    """Raise CheckpointError unless every part has the names and shapes it should; the message names every difference."""
+    """Raise CheckpointError, which names every difference, unless every part has the names and shapes it should."""
     differences = [
         f"{file.name}: {difference}"
         for part, (file, found) in enumerate(zip(parts, headers, strict=True))
@@ -308,6 +308,11 @@ def save(
     params = params_of(config, num_parts)
     refuse_uneven(config, "this model", num_parts)
     table = shares(config, embedding_dim=int(config.rope_theta == LLAMA_2_THETA))
+    if differences := list(differences_of(state, {share.native: share.shape for share in table.values()})):
+        raise CheckpointError(
+            f"the state dict does not fit its model configuration: {'; '.join(differences)}",
+            "Give the whole state dict of one model.",
+        )
     with new_folder(Path(folder)) as partial:
         for part in range(num_parts):
             torch.save(dict(pieces(state, table, part, num_parts, dtype)), partial / f"consolidated.{part:02d}.pth")
@@ -363,8 +368,8 @@ def refuse_inexpressible(config: LlamaConfig) -> None:
     """Raise CheckpointError for a model that params.json has no words for."""
     if config.head_dim * config.num_heads != config.dim:
         raise CheckpointError(
-            f"model.head_dim {config.head_dim} x {config.num_heads} heads is not model.dim {config.dim}, as it always is "
-            "in Meta's form",
+            f"model.head_dim {config.head_dim} x {config.num_heads} heads is not model.dim {config.dim}, as it is "
+            "everywhere in Meta's form",
             "Export it with --to hf.",
         )
     scaling = config.rope_scaling

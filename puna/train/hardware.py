@@ -15,7 +15,7 @@ HEADER = "# Measured by `puna doctor --write`. The unit of each key is in [units
 
 
 class Hardware(Section):
-    """One device of a machine, its links to the machine's other processes, and its disk; None where nothing was measured.
+    """A device of a machine, its links to the machine's other processes, and its disk; None where none was measured.
 
     Rates are what torch reaches here, not what a data sheet says.
     """
@@ -42,7 +42,7 @@ class Hardware(Section):
 
 
 def default_path() -> Path:
-    """Where the entry of this machine is kept: $XDG_CONFIG_HOME/puna/hardware/this-machine.toml (~/.config if unset)."""
+    """Where this machine's entry is kept: $XDG_CONFIG_HOME/puna/hardware/this-machine.toml (~/.config if unset)."""
     base = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(base) / "puna" / "hardware" / "this-machine.toml"
 

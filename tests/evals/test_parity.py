@@ -19,7 +19,7 @@ from puna.llama.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
 sys.path.append(str(Path(__file__).parents[1]))
-from tiny_llama import tiny_model, tiny_tokenizer
+from tiny_llama import tiny_model, tiny_tokenizer  # noqa: E402
 
 PROMPTS = ["the llama eats", "def add(a, b):\n    return", "Ñandú 🦙"]
 
@@ -98,8 +98,6 @@ def test_a_training_path_of_its_own(root, monkeypatch):
     assert "decode and transformers" not in told
 
 
-
-
 def test_a_loss_of_its_own(root, monkeypatch):
     """The loss over a whole pack leaves a token out."""
     whole = parities.Llama.forward
@@ -126,7 +124,11 @@ def test_a_model_of_its_own(root, monkeypatch):
 
 def test_a_tokenizer_of_its_own(root, monkeypatch):
     encode = Tokenizer.encode
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **ends: encode(self, text.replace("llama", "Llama"), **ends))
+
+    def other(self, text, **ends):
+        return encode(self, text.replace("llama", "Llama"), **ends)
+
+    monkeypatch.setattr(Tokenizer, "encode", other)
     assert "prompt 1: token ids of transformers differ: 'the llama eats'" in failures(root)
 
 
@@ -170,7 +172,8 @@ def test_prompts_that_cannot_be_read(tmp_path):
 
 def test_a_prompt_that_is_too_long_is_named(root, tmp_path):
     (tmp_path / "long.txt").write_text("the\n" + "the llama " * 60)
-    with pytest.raises(DataError, match=r"prompt 2 has \d+ tokens; with 32 new ones it exceeds the model's context of 96"):
+    words = r"prompt 2 has \d+ tokens; with 32 new ones it exceeds the model's context of 96"
+    with pytest.raises(DataError, match=words):
         parity(root / "hf", tmp_path / "long.txt")
 
 
@@ -186,7 +189,8 @@ def test_a_folder_that_transformers_cannot_read(root, monkeypatch):
         raise ValueError("no tokenizer_class\nand more")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(CheckpointError, match=r"transformers cannot load .*hf: no tokenizer_class. .* puna export CKPT --to hf"):
+    words = r"transformers cannot load .*hf: no tokenizer_class. .* puna export CKPT --to hf"
+    with pytest.raises(CheckpointError, match=words):
         parity(root / "hf", root / "prompts.jsonl")
 
 

@@ -173,7 +173,8 @@ def test_torch_files_of_older_folders_are_read(folder, state, sharded):
             torch.save({name: state[name] for name in names if places[name] == file}, folder / file)
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
     else:
-        torch.save(state | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "pytorch_model.bin")
+        derived = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        torch.save(state | derived, folder / "pytorch_model.bin")
     model = hub.load(folder).model
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert hub.load(folder, torch.bfloat16).model.head.dtype == torch.bfloat16
@@ -205,7 +206,7 @@ class Runs:
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "names ../model.safetensors, which is not a file of"),
+        ({"weight_map": {"lm_head.weight": "../model.safetensors"}}, "names ../model.safetensors, which is not"),
         ({"weight_map": {"lm_head.weight": "/etc/passwd"}}, "names /etc/passwd, which is not a file of its own folder"),
         ({"weight_map": {"lm_head.weight": 3}}, "has no weight_map from tensors to files"),
         ({"metadata": {}}, "index.json has no weight_map"),

@@ -1,4 +1,4 @@
-"""Meta's folders beside a forward written straight from the reference's formulas: neighbouring pairs as complex numbers."""
+"""Meta's folders beside a forward written from the reference's formulas: neighbouring pairs as complex numbers."""
 
 import json
 import os
@@ -180,12 +180,13 @@ def test_the_reference_notices_another_order_of_rows(tmp_path, monkeypatch, muta
     folder = write_parts(state, LLAMA_3, tmp_path / "meta", 2)
     wrong = {"no turn": lambda rows, head_dim: rows, "turned back": meta.to_neighbours}
     monkeypatch.setattr(meta, "to_half_split", wrong[mutation])
+    ours = hub.load(folder).model(some_tokens()[None])[0]
     with pytest.raises(AssertionError, match="apart"):
-        assert_same_logits(hub.load(folder).model(some_tokens()[None])[0], reference_logits(state, LLAMA_3, some_tokens()))
+        assert_same_logits(ours, reference_logits(state, LLAMA_3, some_tokens()))
 
 
 def test_more_parts_than_key_heads_as_meta_writes_them(tmp_path):
-    """The 405B model in 16 parts: 8 key-value heads, each in two neighbouring parts; both counts are seen in the wild."""
+    """The 405B model in 16 parts: 8 key-value heads, each in two neighbouring parts; both counts are found."""
     state = random_state(LLAMA_3)
     head = 8
     folder = write_parts(state, LLAMA_3, tmp_path / "meta", 8)
@@ -206,7 +207,8 @@ def test_more_parts_than_key_heads_as_meta_writes_them(tmp_path):
     own["layers.1.attention.wv.weight"][0, 0] += 1
     torch.save(own, folder / "consolidated.06.pth")
     (folder / "params.json").write_text(json.dumps(LLAMA_3))
-    with pytest.raises(CheckpointError, match=r"layers.1.attention.wv.weight of .*06.pth differs from that of consolidated.05"):
+    words = r"layers.1.attention.wv.weight of .*06.pth differs from that of consolidated.05"
+    with pytest.raises(CheckpointError, match=words):
         hub.load(folder)
 
 
@@ -270,7 +272,7 @@ def test_every_difference_of_every_part_is_named(tmp_path):
         ({"n_layers": "gone"}, "params.json has no key 'n_layers'"),
         ({"n_heads": 0}, "does not describe a Llama"),
         ({"norm_eps": -1.0}, "(?s)does not describe a Llama: .*norm_eps"),
-        ({"quantization_args": {}, "vision_chunk_size": 4}, "has quantization_args, vision_chunk_size, which Puna does not"),
+        ({"quantization_args": {}, "vision_chunk_size": 4}, "has quantization_args, vision_chunk_size, which Puna"),
         ({"n_layers": 3}, r"missing layers.2.attention.wk.weight \(8, 64\)"),
         ({"multiple_of": 500}, r"feed_forward.w1.weight is \(112, 64\), wanted \(250, 64\)"),
     ],
@@ -286,13 +288,13 @@ def test_a_params_json_that_is_wrong(tmp_path, changes, words):
 def test_missing_files_are_named(tmp_path):
     folder = write_parts(random_state(LLAMA_3), LLAMA_3, tmp_path / "meta", 8)
     (folder / "consolidated.03.pth").unlink()
-    with pytest.raises(CheckpointError, match=r"has no consolidated.03.pth; it holds consolidated.00.pth, .*params.json"):
+    with pytest.raises(CheckpointError, match=r"has no consolidated.03.pth; it holds consolidated.00.pth, "):
         hub.load(folder)
     (folder / "consolidated.07.pth").rename(folder / "consolidated.03.pth")
     with pytest.raises(CheckpointError, match=r"7 parts cannot share 8 query heads or 96 tokens or 2 key-value heads"):
         hub.load(folder)
     (folder / "params.json").unlink()
-    with pytest.raises(CheckpointError, match="has no params.json"):
+    with pytest.raises(CheckpointError, match=r"has no params\.json"):
         hub.load(folder)
 
 
