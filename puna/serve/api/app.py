@@ -92,8 +92,9 @@ class Service:
         ask.check()
         self._check_model(ask.model)
         with _blaming("messages", "invalid_value"):
-            prompt = render(self.tokenizer, ask.dialog)
-        return await self._answer(request, ask, [prompt], ChatAnswers(self.tokenizer, ask.num_top))
+            prompt = render(self.tokenizer, ask.dialog, ask.style).ids
+        answers = ChatAnswers(self.tokenizer, ask.num_top, reads_calls=bool(ask.style.tools))
+        return await self._answer(request, ask, [prompt], answers)
 
     def _check_model(self, name: str) -> None:
         if name != self.model_name:
