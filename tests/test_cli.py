@@ -91,7 +91,8 @@ def test_version(puna):
 
 def test_verbs():
     assert {path[0] for path in ALL[1:]} == {
-        "corpus", "demo", "eval", "export", "generate", "recipe", "report", "serve", "train"
+        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "lab", "launch", "parity", "recipe", "report",
+        "resume", "serve", "train", "verify"
     }  # fmt: skip
 
 
@@ -164,7 +165,7 @@ def test_serve_passes_address_and_name(puna, monkeypatch):
     seen = []
     monkeypatch.setattr("puna.serve.api.server.serve", lambda *given: seen.append(given))
     assert puna("serve", "some", "--port", "0", "--name", "mine").status == 0
-    assert seen == [(PATH, "127.0.0.1", 0, "mine")]
+    assert seen == [(PATH, "127.0.0.1", 0, "mine", False)]
 
 
 # --- recipes
