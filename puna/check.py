@@ -232,10 +232,13 @@ def show(found: dict[str, Any], console: Console) -> None:
     for sample in found["samples"]:
         console.print(
             f"[bold]Sample {sample['index']} of {escape(sample['source'])}[/]: {sample['num_trained']:,} of "
-            f"{sample['num_tokens']:,} tokens train (green)"
+            f"{sample['num_tokens']:,} tokens train (green); those in ⟦ ⟧ do not"
         )
-        styles = {True: "green", False: "dim reverse"}
-        console.print(Text.assemble(*((piece["text"], styles[piece["trained"]]) for piece in sample["pieces"])), "\n")
+        console.print(Text.assemble(*map(_marked, sample["pieces"])), "\n")
+
+
+def _marked(piece: dict[str, Any]) -> tuple[str, str]:
+    return (piece["text"], "green") if piece["trained"] else (f"⟦{piece['text']}⟧", "dim")
 
 
 def _rounded(record: dict[str, Any]) -> dict[str, Any]:

@@ -128,6 +128,7 @@ def test_the_page(tiny, shards, capsys):
     show(found, Console(width=200))
     page = capsys.readouterr().out
     parameters = f"{found['model']['num_parameters']:,} parameters; 512 ids, of which the tokenizer has 340"
+    assert "⟦<|begin_of_text|>⟧the llama" in page
     for words in (parameters, "Batches", "Data", "Memory (an estimate)", "Made with", str(shards), "Sample 2 of"):
         assert words in page
     assert "more than the" not in page
