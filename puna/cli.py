@@ -393,7 +393,7 @@ def evaluate(path: Path, data: Path | None, step: int | None, baselines: bool, a
 
 @puna.command()
 @click.argument("ckpt", type=click.Path(path_type=Path))
-@click.option("--prompts", type=click.Path(path_type=Path), help="Texts to score: one a line, or JSON strings (.jsonl).")
+@click.option("--prompts", type=click.Path(path_type=Path), help="Texts: one a line, or JSON strings in a .jsonl file.")
 @click.option("--step", type=int, help="Checkpoint of that step; the newest where not given.")
 @click.option(
     "--dtype",
@@ -499,7 +499,17 @@ def report(run: Path) -> None:
     is_flag=True,
     help="Serve also where tokenizer, chat template or dtype are not those that the checkpoint was made with.",
 )
-def serve(path: Path, host: str, port: int, name: str | None, allow_mismatch: bool) -> None:
+@click.option("--trim", is_flag=True, help="Write chats as Hugging Face's templates do, without space around messages.")
+@click.option(
+    "--tool-dialect",
+    default="json",
+    show_default=True,
+    type=click.Choice(["json", "function_tag", "python_list"]),
+    help="How calls of functions are written in chats.",
+)
+def serve(
+    path: Path, host: str, port: int, name: str | None, allow_mismatch: bool, trim: bool, tool_dialect: Any
+) -> None:
     """Answer over HTTP, OpenAI-compatible.
 
     Serves a run directory or a Hugging Face folder, with a chat page at /.
@@ -507,9 +517,10 @@ def serve(path: Path, host: str, port: int, name: str | None, allow_mismatch: bo
     \b
     Example:  puna serve runs/mine --port 8000
     """
+    from puna.llama.dialog import Style
     from puna.serve.api.server import serve
 
-    serve(path, host, port, name, allow_mismatch)
+    serve(path, host, port, name, allow_mismatch, Style(tool_dialect, trim))
 
 
 @puna.command()

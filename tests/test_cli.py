@@ -15,6 +15,7 @@ import pytest
 
 from puna import cli, recipe
 from puna.errors import NonFinite, RankFailed, RunLocked, Unfinished, UserError
+from puna.llama.dialog import Style
 
 
 @dataclass
@@ -91,8 +92,8 @@ def test_version(puna):
 
 def test_verbs():
     assert {path[0] for path in ALL[1:]} == {
-        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "lab", "launch", "parity", "recipe", "report",
-        "resume", "serve", "train", "verify"
+        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "lab", "launch", "parity", "recipe",
+        "report", "resume", "serve", "train", "verify"
     }  # fmt: skip
 
 
@@ -165,7 +166,11 @@ def test_serve_passes_address_and_name(puna, monkeypatch):
     seen = []
     monkeypatch.setattr("puna.serve.api.server.serve", lambda *given: seen.append(given))
     assert puna("serve", "some", "--port", "0", "--name", "mine").status == 0
-    assert seen == [(PATH, "127.0.0.1", 0, "mine", False)]
+    assert puna("serve", "some", "--allow-mismatch", "--trim", "--tool-dialect", "python_list").status == 0
+    assert seen == [
+        (PATH, "127.0.0.1", 0, "mine", False, Style()),
+        (PATH, "127.0.0.1", 8000, None, True, Style("python_list", trim=True)),
+    ]
 
 
 # --- recipes

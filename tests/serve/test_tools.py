@@ -2,6 +2,7 @@
 
 import json
 
+import httpx
 import pytest
 
 from puna.engine.generator import Completion, Generator
@@ -18,13 +19,16 @@ CALL = '{"type": "function", "name": "graze", "parameters": {"place": "plateau"}
 
 
 @pytest.fixture(scope="module")
-def long_http(generator, serve):
-    """A server whose context holds the description of a function."""
-    import httpx
-
+def long(generator):
+    """A generator whose context holds the description of a function."""
     model = Llama(generator.model.config.model_copy(update={"max_seq_len": 1024}))
     model.load_state_dict(generator.model.state_dict())
-    with serve(Generator(model, generator.tokenizer)) as url, httpx.Client(base_url=url, timeout=30) as client:
+    return Generator(model, generator.tokenizer)
+
+
+@pytest.fixture(scope="module")
+def long_http(long, serve):
+    with serve(long) as url, httpx.Client(base_url=url, timeout=30) as client:
         yield client
 
 
@@ -53,6 +57,16 @@ def test_calls_and_their_answers_are_sent_on(long_http, generator):
     ]
     expected = render(generator.tokenizer, dialog, Style(tools=(TOOL,))).ids
     assert asked(long_http, messages=messages, tools=[TOOL])["usage"]["prompt_tokens"] == len(expected)
+
+
+def test_the_server_writes_in_its_style(long, serve):
+    style = Style("python_list", trim=True)
+    messages = [USER | {"content": " Who eats grass?\n"}]
+    with serve(long, style) as url, httpx.Client(base_url=url, timeout=30) as client:
+        expected = render(long.tokenizer, [Message("user", "Who eats grass?")], style).ids
+        assert asked(client, messages=messages)["usage"]["prompt_tokens"] == len(expected)
+    plain = render(long.tokenizer, [Message("user", "Who eats grass?")]).ids
+    assert len(plain) < len(expected)
 
 
 def drawn(tokenizer, ids):

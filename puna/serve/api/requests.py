@@ -9,7 +9,7 @@ from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puna.engine.params import SamplingParams
-from puna.llama.dialog import Message, Style
+from puna.llama.dialog import Message
 from puna.llama.tools import ToolCall
 from puna.serve.api.errors import ApiError
 
@@ -266,11 +266,11 @@ class ChatRequest(Sampling):
         return [ChatMessage.read(raw, path).message(path) for raw, path in zip(self.messages, at, strict=True)]
 
     @property
-    def style(self) -> Style:
-        """How the dialog is written: with the functions that the model may call. Raises ApiError."""
+    def functions(self) -> tuple[dict[str, Any], ...]:
+        """The functions that the model may call. Raises ApiError."""
         for i, raw in enumerate(self.tools):
             FunctionPart.read(ToolPart.read(raw, f"tools[{i}].").function, f"tools[{i}].function.")
-        return Style(tools=() if self.tool_choice == "none" else tuple(self.tools))
+        return () if self.tool_choice == "none" else tuple(self.tools)
 
     def check(self) -> None:
         super().check()
