@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from puna import cli
 from puna.errors import CheckpointError
 from puna.llama import folder as files
 from puna.llama import hub, meta
@@ -248,6 +250,13 @@ def test_feed_forward_widths_of_the_published_models(dim, multiple_of, multiplie
     assert meta.ffn_dim(dim, keys["multiple_of"], keys.get("ffn_dim_multiplier")) == width
 
 
+def test_any_width_of_the_feed_forward_can_be_told():
+    for dim in (48, 100, 768, 3_072):
+        for width in range(1, 12_000, 7):
+            keys = meta.ffn_params(dim, width)
+            assert meta.ffn_dim(dim, keys["multiple_of"], keys.get("ffn_dim_multiplier")) == width
+
+
 def test_every_difference_of_every_part_is_named(tmp_path):
     state = random_state(LLAMA_3)
     folder = write_parts(state, LLAMA_3, tmp_path / "meta", 2)
@@ -450,3 +459,17 @@ def test_export_to_meta_and_back(tmp_path, data_dir):
     own = Tokenizer.load(again.tokenizer_dir)
     assert (again.config.vocab_size, own.vocab_size, own.bos, own.eos) == (32_000, 32_000, 1, 2)
     assert own.encode("This is a test sentence.") == [910, 338, 263, 1243, 10541, 29889]
+
+
+def test_the_verb_exports_to_meta(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(hub, "export_meta", lambda *given: seen.append(given) or {"num_parts": 4})
+    words = ["puna", "export", "some", "--to", "meta", "--out", "o", "--parts", "4", "--dtype", "fp16", "--json"]
+    for extra, status, out in (([], 0, '{"num_parts": 4}\n'), (["--check"], 2, "")):
+        monkeypatch.setattr(sys, "argv", [*words, *extra])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        told = capsys.readouterr()
+        assert (left.value.code, told.out) == (status, out)
+    assert "check a Meta folder with: puna parity OUT" in told.err
+    assert seen == [(Path("some"), Path("o"), None, "fp16", 4)]
