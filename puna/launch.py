@@ -2,13 +2,14 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from puna.errors import RecipeError
 from puna.recipe import Loaded
 from puna.train.slurm import Job, script
-from puna.train.torchrun import PORT, Meeting, torchrun
+from puna.train.torchrun import PORT, Meeting, flags_of_this_node, torchrun
 
 
 def by_torchrun(loaded: Loaded, num_nodes: int, endpoint: str, dry_run: bool) -> dict[str, Any]:
@@ -16,9 +17,10 @@ def by_torchrun(loaded: Loaded, num_nodes: int, endpoint: str, dry_run: bool) ->
 
     Raises RecipeError where several machines have no place to meet.
     """
-    line = _line(loaded, num_nodes, _meeting(endpoint, num_nodes))
+    meeting = _meeting(endpoint, num_nodes)
     if dry_run:
-        return {"lines": _lines(line, num_nodes)}
+        return {"lines": _lines(_line(loaded, num_nodes, meeting), num_nodes)}
+    line = _line(loaded, num_nodes, meeting, flags_of_this_node(meeting) if meeting else ())
     _freeze(loaded)
     os.execv(line[0], line)
 
@@ -54,7 +56,7 @@ def by_ray(loaded: Loaded, num_nodes: int, address: str, dry_run: bool) -> dict[
     return outcome(run)
 
 
-def _line(loaded: Loaded, num_nodes: int, meeting: Meeting | None) -> list[str]:
+def _line(loaded: Loaded, num_nodes: int, meeting: Meeting | None, of_node: Sequence[str] = ()) -> list[str]:
     config = loaded.recipe.run
     return torchrun(
         _words(loaded),
@@ -62,6 +64,7 @@ def _line(loaded: Loaded, num_nodes: int, meeting: Meeting | None) -> list[str]:
         num_nodes=num_nodes,
         meeting=meeting,
         max_restarts=config.max_restarts,
+        of_node=of_node,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which network interface the ranks of several machines meet on. No torch here."""
+"""Which address and interface of this machine lead to another one. No torch here."""
 
 import fcntl
 import os
@@ -20,17 +20,25 @@ def choose_interface() -> None:
 
 
 def interface_to(host: str) -> str | None:
-    """The name of the interface whose address packets to `host` leave from; None where IPv4 does not lead there."""
+    """The name of the interface that packets to `host` leave from; None where IPv4 does not lead there."""
+    ends = addresses_to(host)
+    if ends is None:
+        return None
+    if ends[0].startswith("127."):
+        return "lo"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        names = [name for _, name in socket.if_nameindex()]
+        return next((name for name in names if _address(probe, name) == ends[0]), None)
+
+
+def addresses_to(host: str) -> tuple[str, str] | None:
+    """This machine's IPv4 address towards `host`, and the host's own; the same where `host` is this machine."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((host, 9))  # nothing is sent
-            address = probe.getsockname()[0]
-            addresses = {name: _address(probe, name) for _, name in socket.if_nameindex()}
+            return probe.getsockname()[0], probe.getpeername()[0]
     except OSError:
         return None
-    if address.startswith("127."):
-        return "lo"
-    return next((name for name, own in addresses.items() if own == address), None)
 
 
 def _address(probe: socket.socket, name: str) -> str:

@@ -85,10 +85,8 @@ def namespaces() -> Iterator[list[str]]:
 def test_two_namespaces_are_two_machines(
     namespaces: list[str], shards: Path, straight: list[float], tmp_path: Path
 ) -> None:
-    """Each starts the line that `puna launch --dry-run` prints for it; they share nothing but the file system."""
+    """The same command in each; they share nothing but the file system."""
     words = ["launch", *flags(shards), "--nodes", "2", "--endpoint", "10.77.0.1:29411"]
-    lines = json.loads(puna(tmp_path, *words, "--dry-run", "--json").stdout)["lines"]
-    assert [line.split(":")[0] for line in lines] == ["node-1", "node-2"]
     given = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     line = [sys.executable, "-m", "puna.cli", *words]
     nodes = [
@@ -97,6 +95,6 @@ def test_two_namespaces_are_two_machines(
         )
         for name in namespaces
     ]
-    said = [node.communicate(timeout=180)[1] for node in nodes]
+    said = [node.communicate(timeout=120)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert losses(tmp_path / "run") == straight

@@ -8,7 +8,7 @@ import pytest
 
 from puna.errors import RecipeError
 from puna.train.slurm import Job, script
-from puna.train.torchrun import Meeting, torchrun
+from puna.train.torchrun import Meeting, flags_of_this_node, torchrun
 
 WORDS = ["train", "runs/my run/launch/recipe.toml"]
 
@@ -38,6 +38,13 @@ def test_several_machines_meet() -> None:
         "--rdzv-endpoint=node1:29401",
     ]
     assert "--standalone" not in line
+
+
+def test_a_machine_says_its_own_address_and_whether_it_is_the_meeting_place() -> None:
+    flags = flags_of_this_node(Meeting("127.0.0.1"))
+    assert flags == ["--local-addr=127.0.0.1", "--rdzv-conf=is_host=1"]
+    line = torchrun(WORDS, num_processes=1, num_nodes=2, meeting=Meeting("127.0.0.1"), of_node=flags)
+    assert line[line.index("-m", 3) - 2 :][:3] == [*flags, "-m"]
 
 
 def test_the_script_is_bash_and_its_dry_run_prints_a_line_for_each_node(tmp_path: Path) -> None:
