@@ -162,6 +162,13 @@ def test_steps_are_done_while_a_checkpoint_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_checkpoint_is_told_of_once_it_is_written(tmp_path: Path) -> None:
+    loop(tmp_path, Counting(9), CheckpointConfig(every=5, asynchronous=True)).go()
+    told = [event["step"] for event in read_events(tmp_path) if event["event"] in ("step", "checkpoint")]
+    assert told.index(5, told.index(5) + 1) < told.index(9), "not only at the next save"
+
+
+@pytest.mark.usefixtures("alone")
 def test_the_trajectory_is_the_same(tmp_path: Path) -> None:
     ends = []
     for name, config in (("at once", CheckpointConfig(every=2)), ("aside", ASIDE)):
