@@ -314,13 +314,13 @@ def construct(case: Case) -> dict[str, Any]:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def work(out: str, num_steps: str) -> None:
-    """What every rank does; rank 0 writes `out`. Words only, so that a launcher can call it."""
+def work(out: str, num_steps: str, *names: str) -> None:
+    """What every rank does, in all cases or in those named; rank 0 writes `out`. A launcher calls it, with words."""
     with mesh.open_mesh(RunConfig(device="cpu", num_threads=1), MeshConfig()) as place:
-        found = cases(place.world_size)
+        found = [case for case in cases(place.world_size) if case.name in names or not names]
         shown = track(found, f"FSDP on {place.world_size} processes") if place.rank == 0 else found
         rows = [run(case, int(num_steps)) for case in shown]
-        deferred = construct(found[1])
+        deferred = construct(found[0])
         everywhere = mesh.gather([row["agrees"] for row in rows])
     if place.rank:
         return
