@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -150,6 +151,16 @@ def test_rows_are_packed_up_to_the_context():
     assert [[len(row) for row in pack] for pack in parities.packs(rows, 8)] == [[3, 4], [5], [20], [1]]
 
 
+def test_ids_that_only_the_model_has_are_never_drawn():
+    def model(tokens, **others):
+        scores = torch.tensor([0.0, 1.0, 3.0, 2.0, 9.0])
+        return SimpleNamespace(logits=scores.expand(1, tokens.shape[1], 5), past_key_values="kept")
+
+    model.device = torch.device("cpu")
+    assert parities.Peer(model, None).greedy([1, 2], num_ids=4, stop_ids={2}) == [2]
+    assert parities.Peer(model, None).greedy([1, 2], num_ids=4, stop_ids={3}) == [2] * parities.NEW_TOKENS
+
+
 # --- what is given
 
 
@@ -171,7 +182,7 @@ def test_prompts_that_cannot_be_read(tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_named(root, tmp_path):
-    (tmp_path / "long.txt").write_text("the\n" + "the llama " * 60)
+    (tmp_path / "long.txt").write_text("the\n" + "the llama " * 35)
     words = r"prompt 2 has \d+ tokens; with 32 new ones it exceeds the model's context of 96"
     with pytest.raises(DataError, match=words):
         parity(root / "hf", tmp_path / "long.txt")
