@@ -238,10 +238,11 @@ def _everywhere(group: dist.ProcessGroup | None, problem: str, act: Callable[[],
     failures = {rank: told for rank, (_, told) in enumerate(answers) if told}
     if failures:
         where = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in failures.items())
-        kind = DiskFull if any(full for _, full in failures.values()) else CheckpointError
-        raise kind(
+        full = any(full for _, full in failures.values())
+        raise (DiskFull if full else CheckpointError)(
             f"{problem}: {where}",
-            "Mend that; what was saved before is as it was, and the same command resumes from it.",
+            f"{'Free space there' if full else 'Mend that'}; what was saved before is as it was, and the same command "
+            "resumes from it.",
         )
     return [result for result, _ in answers]
 

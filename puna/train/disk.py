@@ -21,7 +21,7 @@ def require_room(run: Path, step: int, needed: int, free: int) -> None:
         raise DiskFull(
             f"no room for the checkpoint of step {step}: it needs {size(needed)} and the disk of {run} has "
             f"{size(free)} free",
-            f"Free {size(needed - free)} there, or lower checkpoint.keep; older checkpoints are as they were.",
+            f"Free {size(needed - free)} there; older checkpoints are as they were.",
         )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import toys
 
-from puna import resume
+from puna import cli, resume
 from puna.errors import CheckpointError
 from puna.train.config import CheckpointConfig, EvalConfig, LoopConfig, RunConfig
 from puna.train.explain import explain, lines
@@ -112,3 +112,23 @@ def test_a_folder_that_holds_no_run(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{tmp_path} holds no run: there is no {tmp_path}/recipe.toml. Give a folder that `puna train` has written."
     )
+
+
+def test_the_verb_explains_and_trains_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told, asked = explain(run, 1, 7, {}), []
+    monkeypatch.setattr(resume, "explain", lambda *words: asked.append(words) or told)
+    monkeypatch.setattr(resume, "resume", lambda *words: asked.append(words) or {"steps": 3})
+
+    def puna(*words: str) -> str:
+        monkeypatch.setattr("sys.argv", ["puna", "resume", str(run), *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    assert puna("--explain", "--run.num_processes", "4") == "\n".join(lines(told)) + "\n"
+    assert json.loads(puna("--explain", "--json")) == told
+    assert json.loads(puna("--json", "--checkpoint.keep", "1")) == {"steps": 3}
+    assert asked == [(run, ("--run.num_processes", "4")), (run, ()), (run, ("--checkpoint.keep", "1"))]
