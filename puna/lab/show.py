@@ -4,10 +4,11 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-WIDTH = 150  # where the output is not a terminal
+WIDTH = 205  # where the output is not a terminal
 
 
 def show(tables: Iterable[Table], *notes: str) -> None:
@@ -28,17 +29,17 @@ def counted(result: dict[str, Any]) -> None:
     )
     notes = [_built(run) for run in result["runs"]]
     legend = (
-        "N units, M bytes of all parameters and m of the last unit's as gathered, G bytes of gradients as reduced, "
-        "F shard ranks, R replicas. A figure that is not what its formula says shows both."
+        "N units; M bytes of all parameters, m of the last unit's, as gathered; G of gradients, as reduced (M where "
+        "both have one dtype); F shard ranks; R replicas. A figure that is not what its formula says shows both."
     )
     show([_runs(run) for run in result["runs"]], heading, *notes, legend)
 
 
 def _runs(run: dict[str, Any]) -> Table:
-    table = Table(title=f"{run['processes']} processes")
-    for name in ("", "N", "F x R", "all-gathers", "reduce-scatters", "all-reduces"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name in ("bytes sent a rank", "elements gathered at most", "states + units + activations", "step"):
+    table = Table(title=f"{run['processes']} processes", box=SIMPLE_HEAD)
+    for name in ("", "N", "F x R", "all-gathers", "reduce-scatters", "all-reduces", "bytes sent a rank"):
+        table.add_column(name, justify="right" if name else "left")
+    for name in ("elements gathered at most", "states + units + kept", "step"):
         table.add_column(name, justify="right")
     for row in run["rows"]:
         table.add_row(*_cells(row))
@@ -58,11 +59,9 @@ def _cells(row: dict[str, Any]) -> Iterable[str]:
 
 def _beside(row: dict[str, Any], key: str, formula: str) -> str:
     measured, predicted = row["measured"][key], row["predicted"][key]
-    return (
-        f"{measured:,.0f} = {formula}"
-        if measured == predicted
-        else f"{measured:,.0f}, not {predicted:,.0f} = {formula}"
-    )
+    if measured != predicted:
+        return f"{measured:,.0f}, not {predicted:,.0f} = {formula}"
+    return f"{measured:,.0f} = {formula}" if measured else "0"
 
 
 def _memory(row: dict[str, Any]) -> str:
@@ -72,22 +71,30 @@ def _memory(row: dict[str, Any]) -> str:
 
 def formulas(row: dict[str, Any]) -> dict[str, str]:
     """The formula behind each predicted figure of a row, in the symbols of the legend."""
-    micro = row["num_micro"] if row["accumulate"] != "kept" else 1
-    times = "" if micro == 1 else f"{micro} x "
-    reduced = times if row["accumulate"] == "reduced" else ""
-    units, size = {"all": ("2N", "2M"), "inner": ("2N-1", "2M-m"), "none": ("N", "M")}[row["reshard"]]
-    ring, sums = "(F-1)/F", "2G/F (R-1)/R"
-    sent = [f"({times}{size if micro == 1 else f'({size})'} + {reduced}G) {ring}"] if row["shard"] > 1 else []
-    sent += [sums] if row["replicas"] > 1 else []
+    kept = row["accumulate"] == "kept"
+    gathered, reduced = (1 if kept else row["num_micro"]), (row["num_micro"] if row["accumulate"] == "reduced" else 1)
     around = "root + " if row["encloses"] else ""
     most = "largest" if row["prefetch"] == "none" else "two neighbours"
     return {
-        "all_gathers": f"{times}{units if micro == 1 else f'({units})'}" if row["shard"] > 1 else "0",
-        "reduce_scatters": f"{reduced}N" if row["shard"] > 1 else "0",
-        "all_reduces": f"{reduced}N" if row["replicas"] > 1 else "0",
-        "bytes": " + ".join(sent) or "0",
+        "all_gathers": _times(gathered, {"all": "2N", "inner": "2N-1", "none": "N"}[row["reshard"]]),
+        "reduce_scatters": _times(reduced, "N"),
+        "all_reduces": _times(reduced, "N"),
+        "bytes": _sent(row, gathered, reduced),
         "peak_unsharded": "all" if row["reshard"] == "none" else around + most,
     }
+
+
+def _sent(row: dict[str, Any], gathered: int, reduced: int) -> str:
+    models = {"all": "2M", "inner": "2M-m", "none": "M"}[row["reshard"]]
+    whole = {"all": "3M", "inner": "3M-m", "none": "2M"}[row["reshard"]]
+    one_dtype, once = row["param_bytes"] == row["reduce_bytes"], gathered == reduced
+    size = _times(gathered, whole) if one_dtype and once else f"{_times(gathered, models)}+{_times(reduced, 'G')}"
+    ring = f"{size} (F-1)/F" if size in ("3M", "2M") else f"({size}) (F-1)/F"
+    return " + ".join([ring] * (row["shard"] > 1) + ["2G/F (R-1)/R"] * (row["replicas"] > 1))
+
+
+def _times(count: int, what: str) -> str:
+    return what if count == 1 else f"{count}({what})"
 
 
 def _built(run: dict[str, Any]) -> str:

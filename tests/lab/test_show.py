@@ -21,6 +21,8 @@ ROW = {
     "reshard": "inner",
     "prefetch": "backward",
     "encloses": False,
+    "param_bytes": 4,
+    "reduce_bytes": 4,
 }
 FIGURES = {
     "all_gathers": 11,
@@ -63,14 +65,15 @@ def test_a_wrong_figure_shows_both(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "sent"),
     [
-        ({"reshard": "all"}, "(2M + G) (F-1)/F"),
-        ({}, "(2M-m + G) (F-1)/F"),
-        ({"reshard": "none"}, "(M + G) (F-1)/F"),
-        ({"reshard": "none", "replicas": 2}, "(M + G) (F-1)/F + 2G/F (R-1)/R"),
+        ({"reshard": "all"}, "3M (F-1)/F"),
+        ({}, "(3M-m) (F-1)/F"),
+        ({"param_bytes": 2}, "(2M-m+G) (F-1)/F"),
+        ({"reshard": "none"}, "2M (F-1)/F"),
+        ({"reshard": "none", "replicas": 2}, "2M (F-1)/F + 2G/F (R-1)/R"),
         ({"shard": 1, "replicas": 4}, "2G/F (R-1)/R"),
-        ({"num_micro": 3}, "(3 x (2M-m) + G) (F-1)/F"),
-        ({"num_micro": 3, "accumulate": "reduced"}, "(3 x (2M-m) + 3 x G) (F-1)/F"),
-        ({"num_micro": 3, "accumulate": "kept", "reshard": "none"}, "(M + G) (F-1)/F"),
+        ({"num_micro": 3}, "(3(2M-m)+G) (F-1)/F"),
+        ({"num_micro": 3, "accumulate": "reduced"}, "(3(3M-m)) (F-1)/F"),
+        ({"num_micro": 3, "accumulate": "kept", "reshard": "none"}, "2M (F-1)/F"),
     ],
 )
 def test_formulas(changes: dict, sent: str) -> None:
