@@ -15,7 +15,9 @@ from puna.evals.parity import parity
 from puna.llama import hub, meta, rope
 from puna.llama.attention import Mask
 from puna.llama.cache import DenseCache
+from puna.llama.config import LlamaConfig
 from puna.llama.loss import IGNORED
+from puna.llama.model import Llama
 from puna.llama.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -64,6 +66,19 @@ def test_sixteen_bits_have_their_own_tolerance(root):
 def test_built_in_prompts(root):
     assert parities.read_prompts(root / "prompts.jsonl") == PROMPTS
     assert len(set(parities.PROMPTS)) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "vocab_size", "theta"), [("tok-llama2", 32_000, 1e4), ("tok-llama3", 128_256, 5e5)])
+def test_meta_folders_with_the_official_tokenizers(tmp_path, data_dir, name, vocab_size, theta):
+    config = LlamaConfig(
+        num_layers=1, dim=32, ffn_dim=64, num_heads=2, num_kv_heads=2, head_dim=16, vocab_size=vocab_size,
+        rope_theta=theta,
+    )  # fmt: skip
+    model = Llama(config)
+    model.init_weights(1)
+    meta.save(model.state_dict(), config, tmp_path / "meta", num_parts=2, tokenizer_dir=data_dir / name)
+    assert parity(tmp_path / "meta")["failures"] == []
 
 
 # --- what is wrong is noticed
