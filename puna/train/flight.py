@@ -12,6 +12,7 @@ from torch._C import _distributed_c10d as c10d
 
 RING = 2_000  # collectives that are remembered
 TOLD = 64  # of which the newest are told
+ALIKE = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")  # every rank puts in the same shapes
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Call:
 
     group: str
     number: int
-    what: str  # operation, shapes and dtype of what goes in
+    what: str  # operation; also dtype and shape of what goes in, where they are the same on every rank
     waits: bool  # begun and not over
     began: float = 0.0  # seconds since 1970
 
@@ -41,21 +42,23 @@ def calls() -> list[Call]:
     texts = [c10d._dump_fr_trace_json(True, False)]  # type: ignore[attr-defined]
     if dist.is_nccl_available():
         texts.append(c10d._dump_nccl_trace_json(True, False))  # type: ignore[attr-defined]
-    entries = [entry for text in texts for entry in json.loads(text).get("entries", ())]
+    entries = [e for text in texts for e in json.loads(text).get("entries", ()) if not e["is_p2p"]]
     entries.sort(key=lambda entry: entry["time_created_ns"])
     return [_call(entry) for entry in deque(entries, TOLD)]
 
 
 def _call(entry: dict[str, Any]) -> Call:
     name, description = entry["process_group"]
-    shapes = " ".join(
-        f"{dtype}{shape}" for dtype, shape in zip(entry["input_dtypes"], entry["input_sizes"], strict=False)
-    )
     operation = entry["profiling_name"].partition(":")[2] or entry["profiling_name"]
+    tensors = (
+        zip(entry["input_dtypes"], entry["input_sizes"], strict=False)
+        if any(name in operation for name in ALIKE)
+        else ()
+    )
     return Call(
         group=f"{description or 'group'} ({name})",
         number=entry["collective_seq_id"],
-        what=f"{operation} {shapes}".strip(),
+        what=" ".join([operation, *(f"{dtype}{shape}" for dtype, shape in tensors)]),
         waits=not (entry["retired"] or entry["state"] == "completed"),
         began=entry["time_created_ns"] / 1e9,
     )

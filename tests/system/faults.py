@@ -20,18 +20,18 @@ context.set_forkserver_preload(["puna.run", "puna.train.watchdog", "torch.distri
 WHEN = 5  # steps that go well
 
 
-def work(run: str, fault: str, still: str = "5", hang_seconds: str = "0") -> None:
-    """What every rank does. still: seconds after which a rank is looked at (the watchdog's own: 5)."""
+def work(run: str, fault: str, still: str = "5", hang_seconds: str = "0", num_units: str = "10000") -> None:
+    """What every rank does; the fault happens once. still: seconds after which a rank is looked at."""
     torch.set_num_threads(1)
     watchdog.STILL_SECONDS = float(still)
     config = LoopConfig(
         run=RunConfig(dir=run, seed=1, device="cpu", tensorboard=False, hang_seconds=float(hang_seconds)),
-        checkpoint=CheckpointConfig(every=10_000),
+        checkpoint=CheckpointConfig(every=3),
         eval=EvalConfig(tokens=0),
     )
     with mesh.open_mesh(config.run, MeshConfig()), watchdog.watch(Path(run), config.run):
-        task = toys.Regression(10_000 if fault else 8, sharded=True)
-        if fault and mesh.rank() == 1:
+        task = toys.Regression(int(num_units), sharded=True)
+        if fault and mesh.rank() == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             arm(task, fault)
         Run(task, run, config).go()
 

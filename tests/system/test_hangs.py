@@ -14,6 +14,7 @@ from pretraining import losses, prepare, train
 from processes import finish, start
 
 from puna.errors import Hung, RankFailed, RanksDiffer
+from puna.train.heartbeat import process_state
 from puna.train.launch import launch
 from puna.train.metrics import read_events
 
@@ -27,7 +28,7 @@ def ends(run: Path, fault: str, *words: str, size: int = 4) -> tuple[list[int | 
         assert processes[0].is_alive()
         time.sleep(0.02)
     began = time.monotonic()
-    while not all(process.exitcode is not None or stopped(process.pid) for process in processes):
+    while not all(process.exitcode is not None or process_state(process.pid) == "T" for process in processes):
         assert time.monotonic() - began < 60
         time.sleep(0.02)
     seconds = time.monotonic() - began
@@ -35,11 +36,6 @@ def ends(run: Path, fault: str, *words: str, size: int = 4) -> tuple[list[int | 
     page = (run / "hang.txt").read_text(encoding="utf-8")
     assert len(page.splitlines()) <= LINES_OF_A_PAGE
     return codes, page, seconds
-
-
-def stopped(pid: int | None) -> bool:
-    """Whether the process is stopped while another rank has ended already."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
@@ -83,7 +79,7 @@ def test_other_ways_to_leave_the_others_waiting(fault: str, code: int, words: st
 
 
 def test_a_run_in_good_order_leaves_no_page(tmp_path: Path) -> None:
-    processes = start(faults.work, str(tmp_path / "run"), "", "0.1", size=2, folder=tmp_path)
+    processes = start(faults.work, str(tmp_path / "run"), "", "0.1", "0", "8", size=2, folder=tmp_path)
     assert finish(processes) == [0, 0]
     assert not (tmp_path / "run" / "hang.txt").exists()
 
@@ -103,16 +99,31 @@ def test_another_recipe_is_named_before_the_first_step(shards: Path, tmp_path: P
     assert not read_events(run)
 
 
-@pytest.mark.slow
-def test_the_launcher_tells_what_the_watchdog_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's processes find the faults."""
     here = Path(__file__).parent
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(here), str(here.parent / "train")]))
+
+
+@pytest.mark.slow
+def test_the_launcher_starts_again_after_a_lost_rank(importable: None, tmp_path: Path) -> None:
+    """The trajectory is the one that nobody disturbed."""
+    for fault, restarts in (("", 0), ("die", 1)):
+        run = tmp_path / f"run-{fault}"
+        launch("faults:work", [str(run), fault, "5", "0", "12"], 2, run, num_threads=1, max_restarts=restarts)
+    assert losses(tmp_path / "run-die") == losses(tmp_path / "run-")
+    assert [event["step"] for event in read_events(tmp_path / "run-die") if event["event"] == "resume"] == [3]
+
+
+@pytest.mark.slow
+def test_the_launcher_tells_what_the_watchdog_saw(importable: None, tmp_path: Path) -> None:
     with pytest.raises(Hung, match=r"rank 1 .* is stopped .* The page is .*/run/hang\.txt"):
-        launch("faults:work", [str(tmp_path / "run"), "stop"], 3, tmp_path / "run", num_threads=1)
+        launch("faults:work", [str(tmp_path / "run"), "stop"], 4, tmp_path / "run", num_threads=1)
     with pytest.raises(
         RankFailed, match=r"rank 1 was killed by SIGKILL; .*rank 1 .* died, last seen in other work, step 6"
     ):
-        launch("faults:work", [str(tmp_path / "dead"), "die"], 3, tmp_path / "dead", num_threads=1)
+        launch("faults:work", [str(tmp_path / "dead"), "die"], 2, tmp_path / "dead", num_threads=1)
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False)
     assert not left.stdout
 
