@@ -112,9 +112,9 @@ def _minority(signatures: Mapping[int, str], known: Mapping[int, Witness]) -> tu
 
 def _gone(witnesses: Sequence[Witness]) -> Verdict | None:
     words = {
-        "stopped": "is stopped (SIGSTOP, a debugger or a frozen container), last seen in",
+        "stopped": "is stopped (SIGSTOP), last seen in",
         "dead": "died, last seen in",
-        "silent": "says nothing any more (its machine or its file system may be gone), last seen in",
+        "silent": "says nothing any more (its machine or file system is gone, or a debugger holds it), last seen in",
     }
     gone = [w for w in witnesses if w.condition in words]
     dead = any(w.condition == "dead" for w in gone)

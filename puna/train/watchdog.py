@@ -220,7 +220,7 @@ class Watch:
         state = process_state(told.pid) if told.machine == self.machine else "?"
         if state in {"", "Z", "X"}:
             return "dead"
-        if state in {"T", "t"} and silent >= STILL_SECONDS:
+        if state == "T" and silent >= STILL_SECONDS:
             return "stopped"
         return "silent" if silent > self._limit([]) else told.state
 

@@ -43,7 +43,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     assert seconds < 30
     assert codes == [Hung.exit_code, None, Hung.exit_code, Hung.exit_code]
     assert re.search(
-        r"rank 1 \(trainer, process \d+ on \S+\) is stopped \(SIGSTOP.*last seen in other work, step 6", page
+        r"rank 1 \(trainer, process \d+ on \S+\) is stopped \(SIGSTOP\), last seen in other work, step 6", page
     )
     row = next(line for line in page.splitlines() if line.startswith(">"))
     assert row.split()[1:3] == ["1", "trainer"]
@@ -52,7 +52,7 @@ def test_a_stopped_rank_is_named(tmp_path: Path) -> None:
     assert event["ranks"] == [1]
 
 
-@pytest.mark.parametrize("fault", ["skips", "adds"])
+@pytest.mark.parametrize("fault", ["skips", pytest.param("adds", marks=pytest.mark.slow)])
 def test_a_rank_that_skips_a_collective_is_named(fault: str, tmp_path: Path) -> None:
     codes, page, seconds = ends(tmp_path / "run", fault)
     assert seconds < 30
@@ -66,9 +66,21 @@ def test_a_rank_that_skips_a_collective_is_named(fault: str, tmp_path: Path) -> 
     ("fault", "code", "words"),
     [
         ("die", RankFailed.exit_code, r"rank 1 \(trainer, process \d+ on \S+\) died, last seen in other work, step 6"),
-        ("fail", RankFailed.exit_code, r"rank 1 .* failed in other work, step 6: KeyError: 'lost'"),
-        ("give up", Hung.exit_code, r"rank 1 .* has ended \(DataError: shard 7 is damaged on this machine"),
-        ("dawdle", Hung.exit_code, r"rank 1 .* has been in other work, step 6 for \d+ s"),
+        pytest.param(
+            "fail",
+            RankFailed.exit_code,
+            r"rank 1 .* failed in other work, step 6: KeyError: 'lost'",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "give up",
+            Hung.exit_code,
+            r"rank 1 .* has ended \(DataError: shard 7 is damaged on this machine",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "dawdle", Hung.exit_code, r"rank 1 .* has been in other work, step 6 for \d+ s", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_other_ways_to_leave_the_others_waiting(fault: str, code: int, words: str, tmp_path: Path) -> None:
