@@ -17,7 +17,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from os.path import splitext
+from pathlib import Path
 from typing import Any
 
 from puna.corpus import warc
@@ -25,6 +26,7 @@ from puna.corpus import warc
 MAX_BYTES = 64 << 20  # what is read of one document; the filter `too_long` removes those that have more
 MAX_PAGE_BYTES = 16 << 20  # of HTML
 SKIPPED_BYTES = 1 << 20  # read at a time of what is passed over
+BUFFER_BYTES = 1 << 16  # of a file that is read in small pieces
 PARQUET_ROWS = 256  # decoded at a time
 COMPRESSED = (".gz", ".zst")
 
@@ -75,12 +77,10 @@ def read(path: Path, name: str) -> Iterator[Document]:
 
 
 def _reader(name: str) -> Callable[[Path, str], Iterator[Document]]:
-    suffixes = [suffix.lower() for suffix in PurePath(name).suffixes]
-    if suffixes[-1:] == [".parquet"]:
+    stem, suffix = splitext(name.lower())
+    if suffix == ".parquet":
         return _table
-    if suffixes and suffixes[-1] in COMPRESSED:
-        suffixes.pop()
-    return READERS.get(suffixes[-1], _whole) if suffixes else _whole
+    return READERS.get(splitext(stem)[1] if suffix in COMPRESSED else suffix, _whole)
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def _opened(path: Path) -> Iterator[warc.Bytes]:
         except zstd.ZstdError as error:
             raise ValueError(str(error)) from error
     else:
-        with gzip.open(path, "rb") if suffix == ".gz" else path.open("rb", buffering=SKIPPED_BYTES) as file:
+        with gzip.open(path, "rb") if suffix == ".gz" else path.open("rb", buffering=BUFFER_BYTES) as file:
             yield file
 
 

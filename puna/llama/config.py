@@ -71,8 +71,8 @@ class DataConfig(Section):
     path: str = setting("runs/shards", "folder of token shards (`puna corpus tokenize` writes one)", "path")
     sources: Sources = setting(
         (),
-        "mixture, read in place of data.path: pairs (folder of token shards, weight); a source gives its weight over "
-        "the sum of the weights of all tokens",
+        "mixture, read in place of data.path: pairs (folder of token shards, weight); a source's share of the tokens "
+        "is its weight over the sum of all weights",
     )
     packing: Literal["packed", "unpacked"] = setting(
         "packed", "packed: rows hold several documents under a document mask; unpacked: a row a document, padded"

@@ -158,6 +158,15 @@ def test_a_cut_parquet_file(tmp_path):
     assert ("a.parquet", "damaged") in faults(put(tmp_path / "a.parquet", bytes(spoilt)))
 
 
+def test_a_parquet_file_that_the_library_cannot_decode(tmp_path, monkeypatch):
+    def iter_batches(*_, **__):
+        raise pyarrow.lib.ArrowNotImplementedError("no such codec")
+
+    path = parquet(tmp_path / "a.parquet", ["one"])
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", iter_batches)
+    assert documents(path) == [Document("a.parquet", b"", "damaged", "no such codec")]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.warc.gz"])
 def test_a_file_without_a_document(tmp_path, name):
     if name == "a.parquet":
