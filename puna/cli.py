@@ -573,7 +573,7 @@ def lab() -> None:
 def lab_fsdp(processes: tuple[int, ...], steps: int, simulate: bool, as_json: bool) -> None:
     """FSDP's collectives, bytes and memory, beside the formulas.
 
-    Trains a small Llama under every sharding strategy on local processes, in about half a minute.
+    Trains a small Llama under every sharding strategy on local processes, in about a minute.
 
     \b
     Example:  puna lab fsdp --processes 2 --json
