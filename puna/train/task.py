@@ -22,6 +22,7 @@ from puna.train import mesh
 from puna.train.optim import Average, LossScale, local, optimizer_tensors, sharded_over
 from puna.train.phase import during
 from puna.train.rows import RowStore
+from puna.train.sharding import refuse_early
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ class GradientTask(Task):
         average: Average | None = None,
         averages: Callable[[int], bool] = lambda tokens: True,
     ) -> None:
+        refuse_early(modules, optimizers)
         self.modules, self.optimizers = dict(modules), dict(optimizers)
         self.learning_rate, self.clip = learning_rate, clip
         self.loss_scale, self.average, self.averages = loss_scale, average, averages
