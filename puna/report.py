@@ -420,12 +420,21 @@ def _drawn(sources: Any) -> str:
     """The start record's table of sources."""
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
         return ""
-    rows = [
-        (escape(str(source.get("source"))), *(_count(source.get(key)) for key in ("num_documents", "num_tokens")))
-        + (_share(source, "share"), _count(source.get("drawn_tokens")), _share(source, "epochs"))
-        for source in sources
-    ]
-    return table(("source", "documents", "tokens", "share", "tokens drawn", "epochs"), rows, "figures")
+    return table(
+        ("source", "documents", "tokens", "share", "tokens drawn", "epochs"),
+        [
+            (
+                escape(str(source.get("source"))),
+                _count(source.get("num_documents")),
+                _count(source.get("num_tokens")),
+                _share(source, "share"),
+                _count(source.get("drawn_tokens")),
+                _share(source, "epochs"),
+            )
+            for source in sources
+        ],
+        "figures",
+    )
 
 
 def _share(record: Event, key: str) -> str:
