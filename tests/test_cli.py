@@ -14,7 +14,7 @@ import click
 import pytest
 
 from puna import cli, recipe
-from puna.errors import NonFinite, RankFailed, RunLocked, Unfinished, UserError
+from puna.errors import Hung, NonFinite, RankFailed, RanksDiffer, RunLocked, Unfinished, UserError
 from puna.llama.dialog import Style
 
 
@@ -245,6 +245,8 @@ def test_debug_shows_the_trace():
         (Unfinished("no. Wait."), 4),
         (NonFinite("no"), 5),
         (RankFailed("no"), 6),
+        (Hung("no"), 7),
+        (RanksDiffer("no"), 8),
     ],
 )
 def test_exit_code_of_each_branch(puna, monkeypatch, error, status):
