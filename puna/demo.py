@@ -29,7 +29,7 @@ from puna.train.metrics import append_event, last_steps, read_events
 VOCAB_SIZE = 4096
 PROBE_STEPS = 48
 RESERVE_SECONDS = 105.0  # evaluation before and after, resume, export and its check, serving, report
-PROBE_BIAS = 0.85  # a long run's rate over that of its probe: 0.87 was measured on two quiet cores
+ONCE = 0.85  # share of the training time that is not spent on steps done twice, starting again and evaluation
 PROMPTS = ("def read_lines(path):\n", 'class Queue:\n    """', "import os\nimport ")
 
 
@@ -119,7 +119,7 @@ def _affordable_tokens(directory: Path, shards: Path, seconds: float) -> int:
     rate = (timed[-1]["tokens"] - steps[len(steps) // 4 - 1]["tokens"]) / sum(
         step["step_s"] + step["data_wait_s"] for step in timed
     )
-    affordable = max(4 * tokens, int(max(seconds, 0.0) * rate * PROBE_BIAS))
+    affordable = max(4 * tokens, int(max(seconds, 0.0) * rate * ONCE))
     err.print(f"{rate:,.0f} tokens/s: {affordable:,} tokens in {max(seconds, 0.0):.0f} s")
     return affordable
 
