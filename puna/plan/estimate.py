@@ -1,0 +1,265 @@
+"""Seconds of one optimiser step, for many jobs at once: kernels, collectives, and how they overlap."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from puna.plan import collectives
+from puna.plan.footprint import block_parameters, stage_layers
+from puna.plan.layout import Columns
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What no data sheet says. Fitted by `puna plan fit`; the values that ship are in constants.json."""
+
+    matmul: float = 0.95  # share of the achievable matrix rate that large products reach in a step
+    feed: float = 0.002  # bytes/FLOP that a product's operands cost at memory bandwidth beside its arithmetic
+    align: float = 0.1  # loss of rate for each halving of a matrix dim's power-of-two factor below 64
+    memory: float = 0.75  # share of the memory bandwidth that pointwise kernels reach
+    attention: float = 0.55  # share of the achievable rate that fused attention reaches
+    host: float = 1.0e-3  # seconds in which the host issues one block's forward
+    link: float = 0.75  # share of the link bandwidth
+    network: float = 0.8  # share of the network bandwidth
+    hop: float = 2.0  # multiplier of NCCL's network hop under load
+    hidden: float = 0.7  # share of tensor-parallel traffic that chunked overlap hides
+    contention: float = 0.2  # slow-down of compute beside communication, per second of communication
+    low: float = 0.8  # rate of 8- and 4-bit products over what their peak says
+    jitter: float = 0.02  # spread of ranks' step times, which all wait for
+    throttle: float = 0.6  # exponent of the power limit in the matrix rate
+    step: float = 0.01  # seconds of a step that belong to no layer
+    eager: float = 2.0  # pointwise traffic over that of fused kernels, by stack
+    compiled: float = 1.0
+    megatron: float = 1.2
+    jax: float = 1.2
+
+    def vector(self) -> Array:
+        """The values in the order of the fields."""
+        return np.array(list(asdict(self).values()))
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The fields' names."""
+        return tuple(f.name for f in fields(cls))
+
+    @classmethod
+    def of(cls, vector: Array) -> "Constants":
+        """From a vector in the order of the fields."""
+        return cls(*(float(value) for value in vector))
+
+
+def estimate(c: Columns, k: Constants) -> dict[str, Array]:
+    """Seconds by kind; "seconds" is the step.
+
+    The parts add up to the step: compute, recompute, attention and pointwise work as the busiest stage does them, exposed
+    communication by kind (tensor, context, sharding, gradients, pipeline), bubble, host (waiting for the launch of
+    kernels), optimizer, other.
+    """
+    f = _Forward(c, k)
+    layers = stage_layers(c)
+    m = np.maximum(1.0, c.B / (c.dp * c.b))
+    again = np.where(c.rc == 2, c.redone, 0.0)
+    core_again = np.where((c.rc == 1) & ((c.stack > 1)), 1.0, 0.0)
+    half_again = np.where((c.rc == 1) & (c.stack <= 1), 0.5, 0.0)
+    redo = again + half_again
+    forward = f.products + f.pointwise + f.attention
+    backward = f.products_back + 1.6 * f.pointwise + 2.4 * f.attention
+    recompute = redo * forward + core_again * np.where(c.flash > 0, 0.0, f.attention)
+    tensor = f.tensor
+    tensor_back = f.tensor * (1.0 + 0.5 * c.sp + again + half_again)
+    context, context_back = f.context, f.context * (2 + redo)
+    host, host_back = f.host, f.host * (1.0 + redo + 0.3)
+    gpu_f = forward + tensor + context
+    gpu_b = backward + recompute + tensor_back + context_back
+    ag, rs = _sharding(c, k, f)
+    ag_back = np.where(c.zero >= 3, ag, 0.0)
+    busy_f, wait_f = _overlapped(np.maximum(gpu_f, host), ag, k)
+    busy_b, wait_b = _overlapped(np.maximum(gpu_b, host_back), ag_back + rs, k)
+    block = busy_f + busy_b + wait_f + wait_b
+    head = f.head * np.where(c.pp > 1, 1.0, 1.0)
+    ends = (c.L % c.pp != 0) & (np.abs(layers * c.pp - c.L) > 0.5)
+    last = layers * block + np.where(ends & (c.pp > 1), head - block, head)
+    usual = layers * block
+    slowest = np.maximum(last, usual)
+    total_stages = usual * (c.pp - 1) + last
+    fill = (total_stages - slowest) / np.maximum(1, c.vp)
+    fill = np.select([c.zb == 1, c.zb == 2], [fill * 0.45, fill * 0.05], fill)
+    pipeline = _pipeline(c, k, m)
+    steady = m * slowest
+    gradients = _gradients(c, k, f, layers, m, block)
+    optimizer = _optimizer(c, k, layers)
+    edge = np.where(c.zero >= 2, (ag + rs), 0.0)
+    parts = {
+        "products": m * layers * (f.products + f.products_back) + m * np.where(slowest > usual, head, 0),
+        "attention": m * layers * 3.4 * f.attention,
+        "pointwise": m * layers * 2.6 * f.pointwise,
+        "recompute": m * layers * recompute,
+        "tensor": m * layers * (tensor + tensor_back),
+        "context": m * layers * (context + context_back),
+        "sharding": m * layers * (wait_f + wait_b) + edge,
+        "bubble": fill,
+        "pipeline": pipeline,
+        "gradients": gradients,
+        "optimizer": optimizer,
+    }
+    total = steady + fill + pipeline + gradients + optimizer + edge
+    nodes = np.maximum(1.0, c.n / c.node)
+    late = total * k.jitter * np.sqrt(2 * np.log(nodes)) + k.step
+    parts["host"] = np.maximum(0.0, total - sum(parts.values()))
+    parts["other"] = late
+    return parts | {"seconds": total + late}
+
+
+class _Forward:
+    """Seconds of one block's forward on one rank, by kind."""
+
+    def __init__(self, c: Columns, k: Constants) -> None:
+        self.c, self.k = c, k
+        tokens = c.b * c.s / c.cp
+        head_dim = c.h / c.a
+        kv = c.kv * head_dim
+        shapes = (
+            (c.h, (c.h + 2 * kv) / c.tp, 1.0),
+            (c.h / c.tp, c.h, 1.0),
+            (c.h, (1 + c.gated) * c.f / c.tp, 1.0),
+            (c.f / c.tp, c.h, 1.0),
+        )
+        low = c.low > 0
+        self.products = sum(self._matmul(tokens, width, inner, low) for inner, width, _ in shapes)
+        self.products_back = sum(
+            self._matmul(tokens, inner, width, low) + self._matmul(inner, width, tokens, low)
+            for inner, width, _ in shapes
+        )
+        vocab = c.V / c.tp
+        no = np.zeros_like(low)
+        head = self._matmul(tokens, vocab, c.h, no) + self._matmul(tokens, c.h, vocab, no) + self._matmul(c.h, vocab, tokens, no)
+        rate = c.bw * k.memory
+        self.head = head + tokens * vocab * np.where(c.stack == 0, 30.0, 18.0) / rate
+        self.head += np.where(c.rc == 2, 0, 0)
+        self.attention = self._attention(tokens, head_dim, rate)
+        self.pointwise = self._pointwise(tokens, rate)
+        nodes = c.tp
+        shared = np.minimum(c.tp, c.domain)
+        one = collectives.reduce_all(2 * tokens * c.h, nodes, shared, c.link * k.link, c.net * k.network, k.hop)
+        self.tensor = 2 * one * np.where(c.tp_overlap > 0, 1 - k.hidden, 1.0)
+        self.context = self._context(tokens, kv)
+        factor = np.array([1.0, 0.7, 1.0, 0.15, 0.5])[c.stack.astype(int)]
+        self.host = k.host * factor * np.where(c.tp > 1, 1.3, 1.0)
+
+    def _matmul(self, rows: Array, width: Array, inner: Array, low: Array) -> Array:
+        """Seconds of a product (rows, inner) x (inner, width)."""
+        c, k = self.c, self.k
+        operations = 2 * rows * width * inner
+        waves = np.ceil(rows / 128) * np.ceil(width / 128) / c.sm
+        filled = waves / (waves + 0.5)
+        deep = inner / (inner + 128)
+        even = 1 - k.align * (_halvings(rows) + _halvings(width) + _halvings(inner)) / 3
+        peak = np.where(low, c.peak * k.low, c.peak16)
+        rate = peak * c.achievable * k.matmul * filled * deep * even * c.throttle**k.throttle
+        moved = 2 * (rows * width + width * inner + rows * inner)
+        feed = operations * k.feed / c.bw
+        return np.maximum(operations / rate + feed, moved / (c.bw * k.memory)) + 4e-6
+
+    def _attention(self, tokens: Array, head_dim: Array, rate: Array) -> Array:
+        """Scores and values. Fused: half of the square; unfused: all of it, and its passes through memory."""
+        c, k = self.c, self.k
+        heads = c.a / c.tp
+        operations = 4 * tokens * c.s * head_dim * heads
+        top = c.peak16 * c.achievable * c.throttle**k.throttle
+        fused = 0.5 * operations / (top * k.attention * head_dim / (head_dim + 32)) + 8e-6
+        even = 1 - k.align * 2 * _halvings(head_dim) / 3
+        square = tokens * c.s * heads
+        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 6 / rate + 5 * 4e-6
+        return np.where(c.flash > 0, fused, plain)
+
+    def _pointwise(self, tokens: Array, rate: Array) -> Array:
+        """Norms, residual additions, rotation, activation, casts: bytes over memory bandwidth."""
+        c, k = self.c, self.k
+        stack = np.array([k.eager, k.compiled, k.megatron, k.jax, k.megatron])[c.stack.astype(int)]
+        wide = 2 * 12 * c.h / np.where(c.sp > 0, c.tp, 1)
+        narrow = 2 * ((2 + c.gated) * c.f + 4 * c.h) / c.tp
+        casts = np.where(c.low > 0, 3 * (2 * c.h + 2 * c.f) / c.tp, 0)
+        return tokens * ((wide + narrow) * stack + casts) / rate
+
+    def _context(self, tokens: Array, kv: Array) -> Array:
+        """Keys and values over the context ranks, beside the attention that uses them."""
+        c, k = self.c, self.k
+        inside = np.clip(c.domain / c.tp, 1, c.cp)
+        size = 2 * 2 * c.b * c.s * kv / c.tp
+        time = collectives.gather(size, c.cp, inside, c.link * k.link, c.net * k.network, k.hop)
+        return np.maximum(0.1 * time, time - 0.5 * self.attention) * (c.cp > 1)
+
+
+def _halvings(size: Array) -> Array:
+    """How many times 64 must be halved until it divides `size`."""
+    size = np.round(size)
+    return sum((size % (1 << n) != 0).astype(float) for n in range(1, 7))
+
+
+def _overlapped(busy: Array, traffic: Array, k: Constants) -> tuple[Array, Array]:
+    """Compute, and what it waits for traffic that runs beside it and slows it."""
+    beside = np.minimum(busy, traffic)
+    both = busy + k.contention * beside
+    total = (both**6 + traffic**6) ** (1 / 6)
+    return busy, total - busy
+
+
+def _group(c: Columns) -> tuple[Array, Array]:
+    """Ranks of the sharding group, and how many of them a fast domain holds."""
+    inside = np.clip(c.domain / (c.tp * c.cp), 1, None)
+    return c.shard, np.minimum(c.shard, inside)
+
+
+def _sharding(c: Columns, k: Constants, f: _Forward) -> tuple[Array, Array]:
+    """Gather and reduction of one block's parameters where they are sharded (zero2, zero3)."""
+    n, inside = _group(c)
+    block = block_parameters(c) / c.tp
+    net = c.net * k.network
+    ag = collectives.gather(2 * block, n, inside, c.link * k.link, net, k.hop)
+    rs = collectives.gather(c.reduce_bytes * block, n, inside, c.link * k.link, net, k.hop)
+    replicas = c.dp * c.cp / np.maximum(1, n)
+    whole = collectives.reduce_all(c.reduce_bytes * block / n, replicas, np.ones_like(n), c.link * k.link, net, k.hop)
+    rs = rs + np.where(replicas > 1, whole, 0)
+    return np.where(c.zero >= 2, ag, 0.0), np.where(c.zero >= 2, rs, 0.0)
+
+
+def _pipeline(c: Columns, k: Constants, m: Array) -> Array:
+    """Activations between stages: forward and backward of every micro-batch and chunk that nothing hides."""
+    size = 2 * c.b * c.s / c.cp * c.h / c.tp
+    across = c.tp * c.cp * c.dp >= c.domain
+    time = size / np.where(across, c.net * k.network, c.link * k.link) + 2e-5
+    exposed = np.where((c.vp > 1) | (c.overlap > 0), 0.3, 1.0)
+    return np.where(c.pp > 1, 2 * time * (m * c.vp * exposed + c.pp - 1), 0.0)
+
+
+def _gradients(c: Columns, k: Constants, f: _Forward, layers: Array, m: Array, block: Array) -> Array:
+    """Reduction of gradients and gather of new parameters, once a step, where they are not sharded in the step."""
+    local = layers * block_parameters(c) / c.tp + c.V * c.h / c.tp
+    ranks = c.dp * c.cp
+    inside = np.clip(np.minimum(ranks, c.domain / c.tp), 1, None)
+    net = c.net * k.network
+    args = (ranks, inside, c.link * k.link, net, k.hop)
+    every = collectives.reduce_all(c.reduce_bytes * local, *args)
+    scatter = collectives.gather(c.reduce_bytes * local, *args) + collectives.gather(2 * local, *args)
+    near = (c.shard, np.minimum(c.shard, inside), c.link * k.link, net, k.hop)
+    grouped = every + collectives.gather(2 * local, *near)
+    time = np.where(c.zero == 0, every, np.where(c.shard < ranks, grouped, scatter))
+    window = np.where(c.overlap > 0, 0.8 * layers * block, 0.0)
+    left = np.maximum(time - window, 0.1 * time * (c.overlap > 0))
+    slowed = k.contention * np.minimum(time, window)
+    return np.where(c.zero < 2, np.where(ranks > 1, left + slowed, 0.0), 0.0)
+
+
+def _optimizer(c: Columns, k: Constants, layers: Array) -> Array:
+    """Reading and writing weights, moments and gradients."""
+    local = layers * block_parameters(c) / c.tp + c.V * c.h / c.tp
+    mine = np.where(c.zero > 0, local / np.maximum(1, c.shard), local)
+    return mine * 36 / (c.bw * k.memory) + local * np.where(c.zero < 2, 6.0, 0.0) / (c.bw * k.memory)
+
+
+def summary(parts: dict[str, Array], index: int = 0) -> dict[str, Any]:
+    """One job's seconds by kind."""
+    return {name: float(value[index]) for name, value in parts.items()}
