@@ -11,6 +11,9 @@ from puna.plan.layout import Columns
 
 Array = np.ndarray
 
+TENSORS = 12
+"""Parameter tensors of a GPT block, biases and norms included: what a sharding without flat units gathers one by one."""
+
 
 @dataclass(frozen=True)
 class Constants:
@@ -76,8 +79,8 @@ def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     gpu_b = backward + recompute + tensor_back + context_back
     ag, rs = _sharding(c, k, f)
     ag_back = np.where(c.zero >= 3, ag, 0.0)
-    busy_f, wait_f = _overlapped(np.maximum(gpu_f, host), ag, k)
-    busy_b, wait_b = _overlapped(np.maximum(gpu_b, host_back), ag_back + rs, k)
+    busy_f, wait_f = _overlapped(np.maximum(gpu_f, host), ag, c, k)
+    busy_b, wait_b = _overlapped(np.maximum(gpu_b, host_back), ag_back + rs, c, k)
     block = busy_f + busy_b + wait_f + wait_b
     head = f.head * np.where(c.pp > 1, 1.0, 1.0)
     ends = (c.L % c.pp != 0) & (np.abs(layers * c.pp - c.L) > 0.5)
@@ -169,7 +172,8 @@ class _Forward:
         heads = c.a / c.tp
         operations = 4 * tokens * c.s * head_dim * heads
         top = c.peak16 * c.achievable * c.throttle**k.throttle
-        fused = 0.5 * operations / (top * k.attention * head_dim / (head_dim + 32)) + 8e-6
+        long = c.s / (c.s + 1024)
+        fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 8e-6
         even = 1 - k.align * 2 * _halvings(head_dim) / 3
         square = tokens * c.s * heads
         plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 6 / rate + 5 * 4e-6
@@ -199,11 +203,11 @@ def _halvings(size: Array) -> Array:
     return sum((size % (1 << n) != 0).astype(float) for n in range(1, 7))
 
 
-def _overlapped(busy: Array, traffic: Array, k: Constants) -> tuple[Array, Array]:
+def _overlapped(busy: Array, traffic: Array, c: Columns, k: Constants) -> tuple[Array, Array]:
     """Compute, and what it waits for traffic that runs beside it and slows it."""
     beside = np.minimum(busy, traffic)
     both = busy + k.contention * beside
-    total = (both**6 + traffic**6) ** (1 / 6)
+    total = np.where(c.overlap > 0, (both**6 + traffic**6) ** (1 / 6), busy + traffic)
     return busy, total - busy
 
 
@@ -218,8 +222,9 @@ def _sharding(c: Columns, k: Constants, f: _Forward) -> tuple[Array, Array]:
     n, inside = _group(c)
     block = block_parameters(c) / c.tp
     net = c.net * k.network
-    ag = collectives.gather(2 * block, n, inside, c.link * k.link, net, k.hop)
-    rs = collectives.gather(c.reduce_bytes * block, n, inside, c.link * k.link, net, k.hop)
+    calls = np.where((c.zero == 3) & (c.overlap == 0), TENSORS, 1.0)
+    ag = calls * collectives.gather(2 * block / calls, n, inside, c.link * k.link, net, k.hop)
+    rs = calls * collectives.gather(c.reduce_bytes * block / calls, n, inside, c.link * k.link, net, k.hop)
     replicas = c.dp * c.cp / np.maximum(1, n)
     whole = collectives.reduce_all(c.reduce_bytes * block / n, replicas, np.ones_like(n), c.link * k.link, net, k.hop)
     rs = rs + np.where(replicas > 1, whole, 0)

@@ -31,6 +31,7 @@ class Gpu:
     power: float
     domain: int = 8
     achievable: float = UNKNOWN_ACHIEVABLE
+    ampere_attention: float = 1.0
     processors: int = 100
     full_power: float = 0.0
     price: float = 0.0

@@ -129,6 +129,7 @@ def _numbers(case: Case) -> dict[str, float]:
         "zb": SCHEDULES.index(layout.schedule), "sp": layout.sequence_parallel, "overlap": layout.overlaps_gradients,
         "tp_overlap": layout.overlaps_tensor, "low": PRECISIONS.index(layout.precision) >= 3,
         "full_precision": layout.precision == "fp32",
+        "fused_share": gpu.ampere_attention if layout.stack in STACKS[:2] else 1.0,
     }  # fmt: skip
     return dense | device | cut
 

@@ -167,7 +167,7 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         raise PlanError(f"stack is {stack!r}", f"Choose one of {', '.join(STACKS)}.")
     old = stack in ("megatron", "oneflow") and cluster.gpu.name.split("-")[0].upper() in FLASH_FREE
     attention = row.get("attention_impl") or ""
-    flash = not attention.startswith("unfused") if attention else not (old or stack == "jax-xla")
+    flash = not attention.startswith("unfused") if attention else not (old or (stack == "jax-xla" and not model.gated))
     tp, pp, cp = (_count(row, key, 1) for key in ("tp", "pp", "cp"))
     dp = _count(row, "dp", max(1, cluster.gpus // (tp * pp * cp)))
     batch, seq_len = _count(row, "global_batch_seqs", 1), _count(row, "seq_len", 1)
@@ -200,7 +200,7 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         sequence_parallel=flash or recompute != "full",
         overlaps_gradients=modern,
         overlaps_tensor=_overlaps_tensor(notes, stack, cluster.gpu, flash),
-        reduce_bytes=_reduce_bytes(notes, modern, row.get("precision") or "bf16"),
+        reduce_bytes=_reduce_bytes(notes, stack, modern, row.get("precision") or "bf16"),
     )  # fmt: skip
 
 
@@ -227,10 +227,11 @@ def _chunks(notes: str, layers: int, pp: int, micro_batches: int, flash: bool) -
     return 1
 
 
-def _reduce_bytes(notes: str, modern: bool, precision: str) -> int:
-    """Gradients travel in 16 bit in pure 16-bit runs, in old fp16 runs and in 8-bit ones, else in 32."""
+def _reduce_bytes(notes: str, stack: str, modern: bool, precision: str) -> int:
+    """Gradients travel in 16 bit under pytorch (FSDP's default), in pure 16-bit, old fp16 and 8-bit runs, else in 32."""
     pure = "PURE" in notes
-    return 2 if pure or precision in ("fp8", "mxfp8", "nvfp4") or (not modern and precision != "bf16") else 4
+    torch = stack.startswith("pytorch") and "mode DEFAULT" not in notes
+    return 2 if torch or pure or precision in ("fp8", "mxfp8", "nvfp4") or (not modern and precision != "bf16") else 4
 
 
 def _overlaps_tensor(notes: str, stack: str, gpu: hardware.Gpu, flash: bool) -> bool:
