@@ -69,10 +69,11 @@ def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     half_again = np.where((c.rc == 1) & (c.stack <= 1), 0.5, 0.0)
     redo = again + half_again
     forward = f.products + f.pointwise + f.attention
-    backward = f.products_back + 1.6 * f.pointwise + 2.4 * f.attention
+    attention_back = f.attention * np.where(c.flash > 0, 2.4, 1.7)
+    backward = f.products_back + 1.6 * f.pointwise + attention_back
     recompute = redo * forward + core_again * np.where(c.flash > 0, 0.0, f.attention)
     tensor = f.tensor
-    tensor_back = f.tensor * (1.0 + 0.5 * c.sp + again + half_again)
+    tensor_back = f.tensor * (1.0 + again + half_again)
     context, context_back = f.context, f.context * (2 + redo)
     host, host_back = f.host, f.host * (1.0 + redo + 0.3)
     gpu_f = forward + tensor + context
@@ -97,7 +98,7 @@ def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     edge = np.where(c.zero >= 2, (ag + rs), 0.0)
     parts = {
         "products": m * layers * (f.products + f.products_back) + m * np.where(slowest > usual, head, 0),
-        "attention": m * layers * 3.4 * f.attention,
+        "attention": m * layers * (f.attention + attention_back),
         "pointwise": m * layers * 2.6 * f.pointwise,
         "recompute": m * layers * recompute,
         "tensor": m * layers * (tensor + tensor_back),
@@ -252,7 +253,8 @@ def _gradients(c: Columns, k: Constants, f: _Forward, layers: Array, m: Array, b
     near = (c.shard, np.minimum(c.shard, inside), c.link * k.link, net, k.hop)
     grouped = every + collectives.gather(2 * local, *near)
     time = np.where(c.zero == 0, every, np.where(c.shard < ranks, grouped, scatter))
-    window = np.where(c.overlap > 0, 0.8 * layers * block, 0.0)
+    waves = np.where(c.vp > 1, np.minimum(m, c.pp) * (1 - 1 / c.vp) * 0.67, 0.0)
+    window = np.where(c.overlap > 0, np.maximum(0.8, waves) * layers * block, 0.0)
     left = np.maximum(time - window, 0.1 * time * (c.overlap > 0))
     slowed = k.contention * np.minimum(time, window)
     return np.where(c.zero < 2, np.where(ranks > 1, left + slowed, 0.0), 0.0)

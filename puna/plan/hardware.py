@@ -48,7 +48,7 @@ class Gpu:
 
     @property
     def throttle(self) -> float:
-        """The power limit over what the part draws unlimited."""
+        """The power limit over that of the part whose achievable share was measured."""
         return self.power / self.full_power if self.full_power else 1.0
 
 

@@ -12,11 +12,14 @@ from puna.plan.workload import PlanError, Transformer
 Sharding = Literal["none", "zero1", "zero2", "zero3", "hsdp"]
 Recompute = Literal["none", "selective", "full"]
 Stack = Literal["pytorch-eager", "pytorch-compiled", "megatron", "jax-xla", "oneflow"]
+Attention = Literal["unfused", "flash-1", "flash", "cudnn"]
 Schedule = Literal["1f1b", "zb-1p", "zb-2p"]
 STACKS: tuple[Stack, ...] = ("pytorch-eager", "pytorch-compiled", "megatron", "jax-xla", "oneflow")
 SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3", "hsdp")
 RECOMPUTES: tuple[Recompute, ...] = ("none", "selective", "full")
 SCHEDULES: tuple[Schedule, ...] = ("1f1b", "zb-1p", "zb-2p")
+FIRST_FLASH = 0.6
+"""Rate of the first FlashAttention and its Triton form over the second's (Dao 2023, figures 4 to 6: 1.3 to 2 times)."""
 PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
 
 
@@ -44,7 +47,7 @@ class Layout:
     recompute: Recompute = "none"
     recompute_share: float = 1.0
     precision: str = "bf16"
-    flash: bool = True
+    attention: Attention = "flash"
     stack: Stack = "pytorch-compiled"
     schedule: Schedule = "1f1b"
     sequence_parallel: bool = True
@@ -125,11 +128,13 @@ def _numbers(case: Case) -> dict[str, float]:
         "zero": (0, 1, 2, 3, 3)[SHARDINGS.index(layout.sharding)], "shard": _shard(layout, cluster),
         "rc": RECOMPUTES.index(layout.recompute),
         "redone": layout.recompute_share if layout.recompute != "none" else 0.0,
-        "flash": layout.flash, "stack": STACKS.index(layout.stack),
+        "flash": layout.attention != "unfused", "stack": STACKS.index(layout.stack),
         "zb": SCHEDULES.index(layout.schedule), "sp": layout.sequence_parallel, "overlap": layout.overlaps_gradients,
         "tp_overlap": layout.overlaps_tensor, "low": PRECISIONS.index(layout.precision) >= 3,
         "full_precision": layout.precision == "fp32",
-        "fused_share": gpu.ampere_attention if layout.stack in STACKS[:2] else 1.0,
+        "fused_share": {"flash-1": FIRST_FLASH * gpu.ampere_attention, "flash": gpu.ampere_attention}.get(
+            layout.attention, 1.0
+        ),
     }  # fmt: skip
     return dense | device | cut
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from puna.errors import UserError
 from puna.plan import hardware
 from puna.plan.footprint import footprint
-from puna.plan.layout import RECOMPUTES, SHARDINGS, STACKS, Case, Layout, columns
+from puna.plan.layout import RECOMPUTES, SHARDINGS, STACKS, Attention, Case, Layout, columns
 from puna.plan.workload import PlanError, Transformer
 
 KEY = ("layers", "hidden", "seq_len", "gpus", "tp", "pp", "global_batch_seqs")
@@ -114,9 +116,19 @@ def case_of(row: Mapping[str, str | None]) -> Case:
     layout = _layout(row, model, cluster)
     if layout.dp * layout.tp * layout.pp * layout.cp != cluster.gpus:
         layout = replace(layout, dp=max(1, cluster.gpus // (layout.tp * layout.pp * layout.cp)))
-    if row.get("recompute"):
-        return Case(model, cluster, layout)
-    return _lightest_recompute(Case(model, cluster, layout))
+    case = Case(model, cluster, layout)
+    stated = bool(row.get("zero_or_fsdp")) or layout.attention == "unfused"
+    if not stated and _needs([replace(case, layout=replace(layout, recompute="full"))])[0] > _room(case):
+        case = replace(case, layout=replace(layout, sharding="zero3"))
+    return case if row.get("recompute") else _lightest_recompute(case)
+
+
+def _needs(cases: list[Case]) -> np.ndarray:
+    return footprint(columns(cases))["total"]
+
+
+def _room(case: Case) -> float:
+    return USABLE_MEMORY * case.cluster.gpu.memory * 1e9
 
 
 def _number(row: Mapping[str, str | None], key: str, default: float) -> float:
@@ -156,18 +168,18 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
     """What the row states, and the rules for what it does not.
 
     Attention: unfused under megatron on V100 and A100 and under jax, flash otherwise. Sharding: all states under
-    pytorch, the optimiser under megatron with flash attention, nothing in older Megatron. Micro-batch: 1 in a pipeline,
+    pytorch and where less does not fit, the optimiser under megatron with flash attention, nothing in older Megatron. Micro-batch: 1 in a pipeline,
     else the largest power of two that divides the rank's batch and holds at most 16,384 tokens. Chunks of a pipeline:
-    one, unless the notes name the interleaved schedule or the micro-batches are fewer than twice the stages of a
-    Megatron with flash attention.
+    one a block where the notes name the interleaved schedule, or Megatron with flash attention has micro-batches in a
+    multiple of the stages; else one a stage.
     """
     notes = f"{row.get('notes') or ''} {row.get('source') or ''}"
     stack = row.get("stack") or "pytorch-eager"
     if stack not in STACKS:
         raise PlanError(f"stack is {stack!r}", f"Choose one of {', '.join(STACKS)}.")
     old = stack in ("megatron", "oneflow") and cluster.gpu.name.split("-")[0].upper() in FLASH_FREE
-    attention = row.get("attention_impl") or ""
-    flash = not attention.startswith("unfused") if attention else not (old or (stack == "jax-xla" and not model.gated))
+    attention = _attention(row.get("attention_impl") or "", stack, old or (stack == "jax-xla" and not model.gated))
+    flash = attention != "unfused"
     tp, pp, cp = (_count(row, key, 1) for key in ("tp", "pp", "cp"))
     dp = _count(row, "dp", max(1, cluster.gpus // (tp * pp * cp)))
     batch, seq_len = _count(row, "global_batch_seqs", 1), _count(row, "seq_len", 1)
@@ -186,7 +198,7 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         dp=dp,
         tp=tp,
         pp=pp,
-        vp=_count(row, "vp", _chunks(notes, model.layers, pp, batch // (dp * micro) or 1, flash)),
+        vp=_count(row, "vp", _chunks(notes, model.layers, pp, batch // (dp * micro) or 1, flash and stack == "megatron")),
         cp=cp,
         micro_batch=micro,
         seq_len=seq_len,
@@ -194,7 +206,7 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         shard_group=int(group[1]) if group else 0,
         recompute=recompute,
         precision=row.get("precision") or ("bf16" if modern else "fp16"),
-        flash=flash,
+        attention=attention,
         stack=stack,
         schedule=schedule,
         sequence_parallel=flash or recompute != "full",
@@ -202,6 +214,14 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         overlaps_tensor=_overlaps_tensor(notes, stack, cluster.gpu, flash),
         reduce_bytes=_reduce_bytes(notes, stack, modern, row.get("precision") or "bf16"),
     )  # fmt: skip
+
+
+def _attention(stated: str, stack: str, unfused: bool) -> Attention:
+    if stated.startswith("unfused") or (not stated and unfused):
+        return "unfused"
+    if "triton" in stated or "flash-1" in stated:
+        return "flash-1"
+    return "flash" if stack.startswith("pytorch") and "cudnn" not in stated else "cudnn"
 
 
 def _micro_batch(rank_batch: int, seq_len: int, pp: int) -> int:
@@ -222,7 +242,7 @@ def _chunks(notes: str, layers: int, pp: int, micro_batches: int, flash: bool) -
         return 1
     stated = re.search(r"interleaved", notes, re.I)
     per_stage = max(1, round(layers / pp))
-    if stated or (flash and micro_batches < 2 * pp):
+    if stated or (flash and micro_batches % pp == 0):
         return per_stage
     return 1
 
@@ -247,9 +267,8 @@ def _lightest_recompute(case: Case) -> Case:
     shares = [n / 8 for n in range(9)]
     options = [replace(case, layout=replace(case.layout, recompute="full", recompute_share=share)) for share in shares]
     options[0] = replace(case, layout=replace(case.layout, recompute="none"))
-    needs = footprint(columns(options))["total"]
-    room = USABLE_MEMORY * case.cluster.gpu.memory * 1e9
-    return next((option for option, need in zip(options, needs, strict=True) if need <= room), options[-1])
+    needs = _needs(options)
+    return next((option for option, need in zip(options, needs, strict=True) if need <= _room(case)), options[-1])
 
 
 def each(runs: Runs, choose: Callable[[Run], bool]) -> Iterator[Run]:
