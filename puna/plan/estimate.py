@@ -95,7 +95,7 @@ def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     steady = m * slowest
     gradients = _gradients(c, k, f, layers, m, block)
     optimizer = _optimizer(c, k, layers)
-    edge = np.where(c.zero >= 2, (ag + rs), 0.0)
+    edge = ag + rs
     parts = {
         "products": m * layers * (f.products + f.products_back) + m * np.where(slowest > usual, head, 0),
         "attention": m * layers * (f.attention + attention_back),
@@ -141,7 +141,7 @@ class _Forward:
         no = np.zeros_like(low)
         head = self._matmul(tokens, vocab, c.h, no) + self._matmul(tokens, c.h, vocab, no) + self._matmul(c.h, vocab, tokens, no)
         rate = c.bw * k.memory
-        self.head = head + tokens * vocab * np.where(c.stack == 0, 30.0, 18.0) / rate
+        self.head = head + tokens * vocab * np.where(c.stack == 0, 22.0, 18.0) / rate
         self.head += np.where(c.rc == 2, 0, 0)
         self.attention = self._attention(tokens, head_dim, rate)
         self.pointwise = self._pointwise(tokens, rate)
@@ -173,7 +173,7 @@ class _Forward:
         heads = c.a / c.tp
         operations = 4 * tokens * c.s * head_dim * heads
         top = c.peak16 * c.achievable * c.throttle**k.throttle
-        long = c.s / (c.s + 1024)
+        long = c.s / (c.s + 512)
         fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 8e-6
         even = 1 - k.align * 2 * _halvings(head_dim) / 3
         square = tokens * c.s * heads
@@ -229,7 +229,13 @@ def _sharding(c: Columns, k: Constants, f: _Forward) -> tuple[Array, Array]:
     replicas = c.dp * c.cp / np.maximum(1, n)
     whole = collectives.reduce_all(c.reduce_bytes * block / n, replicas, np.ones_like(n), c.link * k.link, net, k.hop)
     rs = rs + np.where(replicas > 1, whole, 0)
-    return np.where(c.zero >= 2, ag, 0.0), np.where(c.zero >= 2, rs, 0.0)
+    every = ~once_a_step(c)
+    return np.where(every, ag, 0.0), np.where(every, rs, 0.0)
+
+
+def once_a_step(c: Columns) -> Array:
+    """Whether parameters stay gathered and gradients local over the micro-batches: zero1, none, zero2 in a pipeline."""
+    return (c.zero < 2) | ((c.zero == 2) & (c.pp > 1))
 
 
 def _pipeline(c: Columns, k: Constants, m: Array) -> Array:
@@ -257,14 +263,14 @@ def _gradients(c: Columns, k: Constants, f: _Forward, layers: Array, m: Array, b
     window = np.where(c.overlap > 0, np.maximum(0.8, waves) * layers * block, 0.0)
     left = np.maximum(time - window, 0.1 * time * (c.overlap > 0))
     slowed = k.contention * np.minimum(time, window)
-    return np.where(c.zero < 2, np.where(ranks > 1, left + slowed, 0.0), 0.0)
+    return np.where(once_a_step(c) & (ranks > 1), left + slowed, 0.0)
 
 
 def _optimizer(c: Columns, k: Constants, layers: Array) -> Array:
     """Reading and writing weights, moments and gradients."""
     local = layers * block_parameters(c) / c.tp + c.V * c.h / c.tp
     mine = np.where(c.zero > 0, local / np.maximum(1, c.shard), local)
-    return mine * 36 / (c.bw * k.memory) + local * np.where(c.zero < 2, 6.0, 0.0) / (c.bw * k.memory)
+    return mine * 36 / (c.bw * k.memory) + local * np.where(once_a_step(c), 6.0, 0.0) / (c.bw * k.memory)
 
 
 def summary(parts: dict[str, Array], index: int = 0) -> dict[str, Any]:
