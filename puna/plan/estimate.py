@@ -27,7 +27,7 @@ class Constants:
     host: float = 1.0e-3  # seconds in which the host issues one block's forward
     link: float = 0.75  # share of the link bandwidth
     network: float = 0.8  # share of the network bandwidth
-    hop: float = 2.0  # multiplier of NCCL's network hop under load
+    hop: float = 2.2  # multiplier of NCCL's network hop under load
     hidden: float = 0.7  # share of tensor-parallel traffic that chunked overlap hides
     contention: float = 0.2  # slow-down of compute beside communication, per second of communication
     low: float = 0.8  # rate of 8- and 4-bit products over what their peak says

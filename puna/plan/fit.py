@@ -14,11 +14,12 @@ from puna.plan.layout import Columns, columns
 from puna.plan.runs import Run
 
 SOFTS = (0.3, 0.1, 0.04)  # log errors below this count quadratically, in turn
+STEP = 1e-4  # of a logarithm, for derivatives
 MOST_ROWS = 100  # of one source that a fit looks at, evenly spaced
 PRIOR = 0.002  # pull of each constant to its start, per unit of log, in shares of the data's weight
 BOUNDS = {
-    "matmul": (0.6, 1.0), "align": (1e-3, 0.3), "memory": (0.3, 1.0), "attention": (0.2, 1.0), "link": (0.3, 1.0),
-    "network": (0.3, 1.0), "hidden": (0.05, 0.95), "low": (0.3, 1.2), "throttle": (0.1, 2.0), "contention": (0.01, 1.0),
+    "matmul": (0.6, 1.0), "align": (1e-3, 0.3), "memory": (0.3, 1.0), "attention": (0.2, 1.0), "link": (0.6, 0.95),
+    "network": (0.75, 0.95), "hop": (1.8, 2.2), "hidden": (0.05, 0.95), "low": (0.3, 1.2), "throttle": (0.1, 2.0), "contention": (0.01, 1.0),
 }  # fmt: skip
 DEFAULT_BOUNDS = (0.02, 50.0)  # of the start
 
@@ -69,7 +70,8 @@ def _descend(
     damping, e = 1e-2, errors(x)
     best = loss(x, e)
     for _ in range(steps):
-        jacobian = np.stack([(errors(x + 1e-4 * unit) - e) / 1e-4 for unit in np.eye(len(x))], axis=1)
+        inward = np.where(x + STEP > box[1], -STEP, STEP)
+        jacobian = np.stack([(errors(x + step) - e) / step.sum() for step in np.diag(inward)], axis=1)
         w = weight / np.sqrt(e**2 + soft**2)
         normal = (jacobian * w[:, None]).T @ jacobian + prior * np.eye(len(x))
         slope = (jacobian * w[:, None]).T @ e + prior * (x - center)
