@@ -234,8 +234,8 @@ def _sharding(c: Columns, k: Constants, f: _Forward) -> tuple[Array, Array]:
 
 
 def once_a_step(c: Columns) -> Array:
-    """Whether parameters stay gathered and gradients local over the micro-batches: zero1, none, zero2 in a pipeline."""
-    return (c.zero < 2) | ((c.zero == 2) & (c.pp > 1))
+    """Whether parameters stay gathered and gradients local over the micro-batches: zero1, none, pipelines."""
+    return (c.zero < 2) | (c.pp > 1)
 
 
 def _pipeline(c: Columns, k: Constants, m: Array) -> Array:

@@ -5,47 +5,53 @@ import numpy as np
 from puna.plan.layout import Columns
 
 KINDS = ("parameters", "gradients", "optimizer", "gathered", "activations", "logits", "reserve")
-FULL, HALF, CORE = 2, 1, 1
+LOGIT_BYTES = 10.0
+"""Of a logit: in 16 bit, in 32 bit, and the gradient in 32 bit."""
 
 
 def footprint(c: Columns, reserve: float = 1.5e9) -> dict[str, np.ndarray]:
-    """Bytes by kind; `total` is their sum. reserve: context, communication buffers and fragments.
+    """Bytes by kind; `total` is their sum. reserve: communication buffers and workspaces.
 
-    Models states (Korthikanti et al. 2022; ZeRO): 16-bit weights and 32-bit gradients on every rank, 12 bytes a
+    Model states (Korthikanti et al. 2022; ZeRO): 16-bit weights and 32-bit gradients on every rank, 12 bytes a
     parameter of master weights and moments, what is sharded divided by the shard group; fully sharded: 16 bytes a
-    parameter over the group, two gathered blocks and the gradient of one in 16 bit. Activations of a token and block:
+    parameter over the group and two gathered blocks, or everything gathered and summed in a pipeline. Activations of a token and block:
     2 bytes of what matrix products and pointwise kernels keep, 5 a s more without flash attention; 1F1B keeps pp
     micro-batches on the first stage, interleaving (1 + (pp - 1) / (pp vp)) as many, ZB-2p twice.
     """
     block = block_parameters(c)
     layers = np.ceil(np.round(stage_layers(c), 9))
+    inner = ends_count(c)
     table = c.V * c.h / c.tp
-    ends = np.where(c.pp > 1, 1.0, np.where(c.tied > 0, 1.0, 2.0)) * table
-    local = layers * block / c.tp + ends
-    whole = c.zero >= 3
+    tables = np.where(c.pp > 1, np.where(inner, 0.0, 1.0), np.where(c.tied > 0, 1.0, 2.0))
+    local = layers * block / c.tp + tables * table
     group = np.maximum(c.shard, 1)
     word = np.where(c.full_precision > 0, 4.0, 2.0)
-    kept = np.where(c.zero == 2, local * word, 0)
-    parameters = np.where(whole, 4 * local / group, np.where(c.zero == 2, 4 * local / group, word * local))
-    gradients = np.where(c.zero >= 2, 4 * local / group, np.where(c.full_precision > 0, 4.0, c.reduce_bytes) * local)
-    optimizer = np.where(c.zero >= 2, 8.0, np.where(c.full_precision > 0, 8.0, 12.0)) * local / group
-    gathered = np.where(whole, 2 * (2 * block / c.tp + 2 * table), kept + np.where(c.zero == 2, 2 * block / c.tp, 0))
-    gathered = np.where((c.zero < 2) | (group <= 1), 0, gathered)
-    activations = _activations(c, layers)
+    sharded = (c.zero >= 2) & (group > 1)
+    kept = sharded & ((c.zero == 2) | (c.pp > 1))
+    summed = np.where(c.full_precision > 0, 4.0, c.reduce_bytes) * local
+    master = np.where(c.full_precision > 0, 8.0, 12.0) + np.where((c.overlap == 0) & (c.zero == 1), 4.0, 0.0)
+    parameters = np.where(c.zero >= 2, 4 * local / group, word * local)
+    gradients = np.where(c.zero >= 2, 4 * local / group + np.where(sharded & (c.pp > 1), summed, 0), summed)
+    optimizer = np.where(c.zero >= 2, 8.0, master) * local / group
+    gathered = np.where(kept, word * local, 2 * word * block / c.tp + np.where(c.pp > 1, 0, 2 * word * table))
+    gathered = np.where(sharded, gathered, 0)
     tokens = c.b * c.s / c.cp
-    logits = np.where(c.pp > 1, 0.0, 1.0) * tokens * c.V / c.tp * 6.0
-    logits = np.minimum(logits, np.maximum(2e9, logits * (c.stack != 1)))
+    logits = np.where(c.pp > 1, 0.0, LOGIT_BYTES) * tokens * c.V / c.tp
+    activations = _activations(c, layers, inner)
     parts = dict(
         zip(KINDS, (parameters, gradients, optimizer, gathered, activations, logits, reserve + 0 * c.L), strict=True)
     )
     return parts | {"total": sum(parts.values(), np.zeros_like(c.L))}
 
 
+def ends_count(c: Columns) -> np.ndarray:
+    """Whether embedding and head count as a block each, so that the stages are even and the second is the fullest."""
+    return (c.L % c.pp != 0) & ((c.L + 2) % (c.pp * c.vp) == 0)
+
+
 def stage_layers(c: Columns) -> np.ndarray:
     """Blocks of the fullest stage; the embedding and the head count as one each where that makes the stages even."""
-    chunks = c.pp * c.vp
-    ends_count = (c.L % c.pp != 0) & ((c.L + 2) % chunks == 0)
-    return np.where(ends_count, (c.L + 2) / c.pp, c.L / c.pp)
+    return np.where(ends_count(c), (c.L + 2) / c.pp, c.L / c.pp)
 
 
 def block_parameters(c: Columns) -> np.ndarray:
@@ -53,9 +59,9 @@ def block_parameters(c: Columns) -> np.ndarray:
     return 2 * c.h**2 * (1 + c.kv / c.a) + (2 + c.gated) * c.h * c.f
 
 
-def _activations(c: Columns, layers: np.ndarray) -> np.ndarray:
+def _activations(c: Columns, layers: np.ndarray, inner: np.ndarray) -> np.ndarray:
     kept, light = kept_bytes(c)
-    flying = in_flight(c)
+    flying = np.where(inner & (c.vp == 1), np.maximum(1, in_flight(c) - np.where(c.zb == 2, 2, 1)), in_flight(c))
     return flying * layers * ((1 - c.redone) * kept + c.redone * light) + np.where(c.rc == 2, kept, 0)
 
 
@@ -63,7 +69,7 @@ def kept_bytes(c: Columns) -> tuple[np.ndarray, np.ndarray]:
     """Bytes that one block and micro-batch keep for backward: without recomputation, and with the job's kind of it."""
     tokens = c.b * c.s / c.cp
     word = np.where(c.full_precision > 0, 4.0, 2.0)
-    pairs = np.where(c.low > 0, 1.0, word)
+    pairs = np.where((c.low > 0) & (c.stack > 1), 1.0, word)
     ffn = (2 + c.gated) * pairs * c.f
     qkv = word * c.h * (1 + 2 * c.kv / c.a) + word * c.h
     norms = c.h * (2 * word + 2 * pairs + np.where(c.stack == 0, 8.0, 0.0))

@@ -183,7 +183,10 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
     tp, pp, cp = (_count(row, key, 1) for key in ("tp", "pp", "cp"))
     dp = _count(row, "dp", max(1, cluster.gpus // (tp * pp * cp)))
     batch, seq_len = _count(row, "global_batch_seqs", 1), _count(row, "seq_len", 1)
-    micro = _count(row, "micro_batch_seqs", _micro_batch(batch // dp or 1, seq_len, pp))
+    torch = stack.startswith("pytorch")
+    interleaved = re.search(r"interleaved", notes, re.I) is not None
+    pieces = pp * (1 + interleaved) if torch else 0
+    micro = _count(row, "micro_batch_seqs", _micro_batch(batch // dp or 1, seq_len, pp, pieces))
     recompute = row.get("recompute") or "none"
     if recompute not in RECOMPUTES:
         raise PlanError(f"recompute is {recompute!r}", f"Choose one of {', '.join(RECOMPUTES)}.")
@@ -198,7 +201,7 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         dp=dp,
         tp=tp,
         pp=pp,
-        vp=_count(row, "vp", _chunks(notes, model.layers, pp, batch // (dp * micro) or 1, flash and stack == "megatron")),
+        vp=_count(row, "vp", _chunks(model.layers, pp, batch // (dp * micro) or 1, stack, flash, interleaved)),
         cp=cp,
         micro_batch=micro,
         seq_len=seq_len,
@@ -224,9 +227,9 @@ def _attention(stated: str, stack: str, unfused: bool) -> Attention:
     return "flash" if stack.startswith("pytorch") and "cudnn" not in stated else "cudnn"
 
 
-def _micro_batch(rank_batch: int, seq_len: int, pp: int) -> int:
+def _micro_batch(rank_batch: int, seq_len: int, pp: int, pieces: int) -> int:
     if pp > 1:
-        return 1
+        return max(1, rank_batch // pieces) if pieces else 1
     sizes = [1 << n for n in range(8) if rank_batch % (1 << n) == 0 and (1 << n) * seq_len <= 16384]
     return max(sizes, default=1)
 
@@ -237,13 +240,13 @@ def _sharding(stack: str, flash: bool) -> str:
     return "zero1" if flash else "none"
 
 
-def _chunks(notes: str, layers: int, pp: int, micro_batches: int, flash: bool) -> int:
+def _chunks(layers: int, pp: int, micro_batches: int, stack: str, flash: bool, interleaved: bool) -> int:
     if pp == 1:
         return 1
-    stated = re.search(r"interleaved", notes, re.I)
-    per_stage = max(1, round(layers / pp))
-    if stated or (flash and micro_batches % pp == 0):
-        return per_stage
+    if stack.startswith("pytorch"):
+        return 1 + interleaved
+    if interleaved or (stack == "megatron" and flash and micro_batches % pp == 0):
+        return max(1, round(layers / pp))
     return 1
 
 

@@ -78,18 +78,43 @@ def left_out(runs: Sequence[Run], fitted: Fitted, predicted: np.ndarray) -> dict
     return scores(runs, predicted, predicted * low / middle, predicted * high / middle)
 
 
+GIB = 1.073741824
+CONTEXT = 2.0
+"""GB that the driver's context and NCCL's buffers take beside the allocator's."""
+SLACK = 1.08
+"""What the allocator holds over what is allocated."""
+REPORTED = {
+    "bloompre": ("nvidia-smi of the first or last stage", 1.0, SLACK, CONTEXT),
+    "ttitan": ("reserved, GiB, most of the ranks", GIB, SLACK, 0.0),
+    "dlperf": ("nvidia-smi, MiB / 1024", GIB, 1.0, 0.0),
+    "mlperf": ("max_memory as logged", 1.0, 1.0, 0.0),
+    "zb": ("as printed", 1.0, 1.0, 0.0),
+}
+UNKNOWN = ("not stated", 1.0, 1.0, 0.0)
+"""What a source means by peak memory: words, GB of its unit, and what of `footprint` it is: slack and context."""
+
+
 def memory(runs: Sequence[Run]) -> dict[str, Any]:
     """Errors of the peak memory, over the runs whose source reports one."""
     told = [run for run in runs if np.isfinite(run.memory)]
     if not told:
         return {"n": 0}
-    error = footprint(columns([run.case for run in told]))["total"] / 1e9 / np.array([run.memory for run in told]) - 1
     source = np.array([run.source for run in told])
+    _, unit, slack, context = zip(*(REPORTED.get(name, UNKNOWN) for name in source), strict=True)
+    predicted = footprint(columns([run.case for run in told]))["total"] / 1e9 * slack + context
+    error = predicted / (np.array([run.memory for run in told]) * unit) - 1
     return {
         "n": len(told),
         "median_abs_pct_error": _pct(np.median(np.abs(error))),
         "mean_signed_pct_error": _pct(error.mean()),
-        "by_source": {str(s): _pct(np.median(np.abs(error[source == s]))) for s in sorted(set(source))},
+        "by_source": {
+            str(s): {
+                "n": int((source == s).sum()),
+                "median_abs_pct_error": _pct(np.median(np.abs(error[source == s]))),
+                "reported": REPORTED.get(s, UNKNOWN)[0],
+            }
+            for s in sorted(set(source))
+        },
     }
 
 
