@@ -177,14 +177,14 @@ class _Forward:
         fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 8e-6
         even = 1 - k.align * 2 * _halvings(head_dim) / 3
         square = tokens * c.s * heads
-        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 6 / rate + 5 * 4e-6
+        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 5 / rate + 5 * 4e-6
         return np.where(c.flash > 0, fused, plain)
 
     def _pointwise(self, tokens: Array, rate: Array) -> Array:
         """Norms, residual additions, rotation, activation, casts: bytes over memory bandwidth."""
         c, k = self.c, self.k
         stack = np.array([k.eager, k.compiled, k.megatron, k.jax, k.megatron])[c.stack.astype(int)]
-        wide = 2 * 12 * c.h / np.where(c.sp > 0, c.tp, 1)
+        wide = 2 * 10 * c.h / np.where(c.sp > 0, c.tp, 1)
         narrow = 2 * ((2 + c.gated) * c.f + 4 * c.h) / c.tp
         casts = np.where(c.low > 0, 3 * (2 * c.h + 2 * c.f) / c.tp, 0)
         return tokens * ((wide + narrow) * stack + casts) / rate
@@ -270,7 +270,7 @@ def _optimizer(c: Columns, k: Constants, layers: Array) -> Array:
     """Reading and writing weights, moments and gradients."""
     local = layers * block_parameters(c) / c.tp + c.V * c.h / c.tp
     mine = np.where(c.zero > 0, local / np.maximum(1, c.shard), local)
-    return mine * 36 / (c.bw * k.memory) + local * np.where(once_a_step(c), 6.0, 0.0) / (c.bw * k.memory)
+    return mine * 30 / (c.bw * k.memory) + local * np.where(once_a_step(c), 6.0, 0.0) / (c.bw * k.memory)
 
 
 def summary(parts: dict[str, Array], index: int = 0) -> dict[str, Any]:
