@@ -177,7 +177,7 @@ class _Forward:
         fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 8e-6
         even = 1 - k.align * 2 * _halvings(head_dim) / 3
         square = tokens * c.s * heads
-        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 5 / rate + 5 * 4e-6
+        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 4 / rate + 5 * 4e-6
         return np.where(c.flash > 0, fused, plain)
 
     def _pointwise(self, tokens: Array, rate: Array) -> Array:
