@@ -13,7 +13,7 @@ import click
 
 from puna import __version__
 from puna.errors import PunaError
-from puna.plan.verbs import plan
+from puna.plan_verbs import plan
 
 EXTRAS = {
     "data": ("tokenizers",),

@@ -1,7 +1,7 @@
 """Seconds of collectives on a two-level network, for many groups at once.
 
-A group of n ranks with k of them in each of n / k nodes (or racks): inside, every rank has a fast link; between nodes, a
-node's ranks of the group share the network cards beside them. A collective takes a start, a hop for every step of its
+A group of n ranks with k of them in each of n / k nodes (or racks): inside, every rank has a fast link; between nodes,
+a node's ranks of the group share the network cards beside them. A collective takes a start, a hop for every step of its
 ring or tree, and its bytes over the slower of the two bandwidths; the fastest protocol is taken. Latencies, shares and
 caps are those of NCCL's tuning model (src/graph/tuning.cc); `hop` multiplies every hop, for switches and neighbours
 under load.

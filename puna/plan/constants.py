@@ -48,13 +48,20 @@ class Fitted:
 def save(fitted: Fitted, path: Path = FILE, **about: Any) -> None:
     """Write the constants as JSON; a reader sees the old file or the new one."""
     table = about | {
-        "constants": {name: {k: float(f"{v:.5g}") for k, v in entry.items()} for name, entry in fitted.confidence().items()},
+        "constants": {
+            name: {k: float(f"{v:.5g}") for k, v in entry.items()} for name, entry in fitted.confidence().items()
+        },
         "spread": round(fitted.spread, 5),
         "draws": [[float(f"{value:.5g}") for value in draw.vector()] for draw in fitted.draws],
     }
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def about(path: Path = FILE) -> dict[str, Any]:
+    """What the file says of its fit: runs, errors with each source left out."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 @cache

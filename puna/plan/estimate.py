@@ -12,7 +12,7 @@ from puna.plan.layout import Columns
 Array = np.ndarray
 
 TENSORS = 12
-"""Parameter tensors of a GPT block, biases and norms included: what a sharding without flat units gathers one by one."""
+"""Parameter tensors of a GPT block, biases and norms included: what sharding without flat units gathers one by one."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class Constants:
 def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     """Seconds by kind; "seconds" is the step.
 
-    The parts add up to the step: compute, recompute, attention and pointwise work as the busiest stage does them, exposed
-    communication by kind (tensor, context, sharding, gradients, pipeline), bubble, host (waiting for the launch of
+    The parts add up to the step: compute, recompute, attention and pointwise work as the busiest stage does them,
+    exposed communication by kind (tensor, context, sharding, gradients, pipeline), bubble, host (waiting for the launch of
     kernels), optimizer, other.
     """
     f = _Forward(c, k)
     layers = stage_layers(c)
     m = np.maximum(1.0, c.B / (c.dp * c.b))
     again = np.where(c.rc == 2, c.redone, 0.0)
-    core_again = np.where((c.rc == 1) & ((c.stack > 1)), 1.0, 0.0)
+    core_again = np.where((c.rc == 1) & (c.stack > 1), 1.0, 0.0)
     half_again = np.where((c.rc == 1) & (c.stack <= 1), 0.5, 0.0)
     redo = again + half_again
     forward = f.products + f.pointwise + f.attention
@@ -89,7 +89,7 @@ def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     usual = layers * block
     slowest = np.maximum(last, usual)
     total_stages = usual * (c.pp - 1) + last
-    fill = (total_stages - slowest) / np.maximum(1, c.vp)
+    fill = np.where(c.pp > 1, (total_stages - slowest) / np.maximum(1, c.vp), 0.0)
     fill = np.select([c.zb == 1, c.zb == 2], [fill * 0.45, fill * 0.05], fill)
     pipeline = _pipeline(c, k, m)
     steady = m * slowest
@@ -139,7 +139,11 @@ class _Forward:
         )
         vocab = c.V / c.tp
         no = np.zeros_like(low)
-        head = self._matmul(tokens, vocab, c.h, no) + self._matmul(tokens, c.h, vocab, no) + self._matmul(c.h, vocab, tokens, no)
+        head = (
+            self._matmul(tokens, vocab, c.h, no)
+            + self._matmul(tokens, c.h, vocab, no)
+            + self._matmul(c.h, vocab, tokens, no)
+        )
         rate = c.bw * k.memory
         self.head = head + tokens * vocab * np.where(c.stack == 0, 22.0, 18.0) / rate
         self.head += np.where(c.rc == 2, 0, 0)
@@ -209,7 +213,7 @@ def _overlapped(busy: Array, traffic: Array, c: Columns, k: Constants) -> tuple[
     beside = np.minimum(busy, traffic)
     both = busy + k.contention * beside
     total = np.where(c.overlap > 0, (both**6 + traffic**6) ** (1 / 6), busy + traffic)
-    return busy, total - busy
+    return busy, np.where(traffic > 0, total - busy, 0.0)
 
 
 def _group(c: Columns) -> tuple[Array, Array]:

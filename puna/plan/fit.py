@@ -19,18 +19,21 @@ MOST_ROWS = 100  # of one source that a fit looks at, evenly spaced
 PRIOR = 0.002  # pull of each constant to its start, per unit of log, in shares of the data's weight
 BOUNDS = {
     "matmul": (0.6, 1.0), "align": (1e-3, 0.5), "memory": (0.3, 0.92), "attention": (0.2, 1.0), "link": (0.6, 0.95),
-    "network": (0.75, 0.95), "hop": (1.8, 2.2), "hidden": (0.05, 0.95), "low": (0.3, 1.2), "throttle": (0.1, 2.0), "contention": (0.01, 1.0),
+    "network": (0.75, 0.95), "hop": (1.8, 2.2), "hidden": (0.05, 0.95), "low": (0.3, 1.2), "throttle": (0.1, 2.0),
+    "contention": (0.01, 1.0),
 }  # fmt: skip
 DEFAULT_BOUNDS = (0.02, 50.0)  # of the start
 
 
 def weights(sources: Sequence[str]) -> np.ndarray:
     """Of each run, so that a source of n runs weighs n / (n + 25): large ones alike, small ones less."""
-    names, inverse, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(np.asarray(sources), return_inverse=True, return_counts=True)
     return (1.0 / (counts + 25.0))[inverse]
 
 
-def fit(c: Columns, seconds: np.ndarray, weight: np.ndarray, start: Constants | None = None, steps: int = 25) -> Constants:
+def fit(
+    c: Columns, seconds: np.ndarray, weight: np.ndarray, start: Constants | None = None, steps: int = 25
+) -> Constants:
     """The constants that minimise the weighted robust log error, by damped Gauss-Newton steps in the logarithm.
 
     They are pulled weakly to the defaults of `Constants`, wherever they start.

@@ -26,7 +26,7 @@ def shortfall(case: Case) -> dict[str, Any]:
 def remedies(case: Case, fitted: Fitted) -> list[dict[str, Any]]:
     """The changes of one setting that make it fit, the fastest first: what, its price in step time, GB then."""
     before = float(estimate(columns([case]), fitted.constants)["seconds"][0])
-    options = []
+    options: list[dict[str, Any]] = []
     for text, layout in _changes(case):
         other = replace(case, layout=layout)
         try:

@@ -18,10 +18,11 @@ def failures_per_second(gpus: int) -> float:
     return UNEXPECTED / (DAYS * 86400) * gpus / GPUS
 
 
-def goodput(gpus: int, save: float = 30.0, restart: float = 600.0) -> dict[str, Any]:
+def goodput(gpus: int, save: float = 15.0, restart: float = 300.0) -> dict[str, Any]:
     """The best checkpoint interval (Young 1974; Daly 2006: sqrt(2 save / rate)) and the share of time that trains.
 
-    save: seconds that a checkpoint stops the job; restart: seconds from a failure to the first new step.
+    save: seconds that a checkpoint stops the job; restart: seconds from a failure to the first new step. The defaults
+    give what the same section reports, more than 90 % of the time, on 16,384 devices.
     """
     rate = failures_per_second(gpus)
     interval = math.sqrt(2 * save / rate)

@@ -6,7 +6,7 @@ from typing import Any
 
 from puna.llama.config import LlamaConfig
 from puna.plan import hardware, workload
-from puna.plan.layout import Case, Layout
+from puna.plan.layout import Case, Layout, Sharding
 from puna.plan.workload import PlanError, Transformer
 from puna.train.config import MeshConfig, TrainConfig
 
@@ -14,7 +14,9 @@ BATCH_TOKENS = {"llama3-405b": (8192, 16_777_216), "llama3.1-405b": (8192, 16_77
 USUAL = (4096, 4_194_304)
 
 
-def usual_layout(model: Transformer, cluster: hardware.Cluster, seq_len: int | None, batch_tokens: int | None) -> Layout:
+def usual_layout(
+    model: Transformer, cluster: hardware.Cluster, seq_len: int | None, batch_tokens: int | None
+) -> Layout:
     """Sequence length and batch of a model where they are not given: as published for it, else 4,096 and 4M tokens."""
     usual_seq, usual_batch = BATCH_TOKENS.get(model.name, USUAL)
     seq_len, batch_tokens = seq_len or usual_seq, batch_tokens or usual_batch
@@ -35,7 +37,7 @@ def of_recipe(
         tied=model.tie_embeddings,
     )  # fmt: skip
     replicas = mesh.dp_replicate
-    sharding = "hsdp" if replicas > 1 else "zero3" if mesh.reshard_after_forward else "zero2"
+    sharding: Sharding = "hsdp" if replicas > 1 else "zero3" if mesh.reshard_after_forward else "zero2"
     layout = Layout(
         global_batch=max(1, train.batch_tokens // train.seq_len),
         seq_len=train.seq_len,
@@ -50,10 +52,8 @@ def of_recipe(
     return shape, layout
 
 
-def build(
-    model: Transformer, cluster: hardware.Cluster, base: Layout, changes: dict[str, Any]
-) -> Case:
-    """A job with some settings changed; dp fills the cluster unless given. Raises PlanError where sizes do not divide."""
+def build(model: Transformer, cluster: hardware.Cluster, base: Layout, changes: dict[str, Any]) -> Case:
+    """A job with some settings changed; dp fills the cluster unless given. Raises PlanError where sizes do not fit."""
     layout = replace(base, **{key: value for key, value in changes.items() if value is not None})
     if changes.get("dp") is None:
         cut = layout.tp * layout.pp * layout.cp

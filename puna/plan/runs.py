@@ -7,7 +7,7 @@ import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,13 +16,28 @@ import numpy as np
 from puna.errors import UserError
 from puna.plan import hardware
 from puna.plan.footprint import footprint
-from puna.plan.layout import RECOMPUTES, SHARDINGS, STACKS, Attention, Case, Layout, columns
+from puna.plan.layout import RECOMPUTES, SCHEDULES, SHARDINGS, STACKS, Attention, Case, Layout, columns
 from puna.plan.workload import PlanError, Transformer
 
 KEY = ("layers", "hidden", "seq_len", "gpus", "tp", "pp", "global_batch_seqs")
 GATED_FAMILIES = re.compile(r"llama|mistral|mixtral|qwen|yi-|internlm|olmo|gemma|deepseek", re.I)
 VOCABULARIES = ((r"llama-?3", 128256), (r"llama|yi-", 32000), (r"qwen", 151936), (r"nemotron-?4|nemotron", 256000))
 USABLE_MEMORY = 0.95
+FAMILIES = (
+    "GB300",
+    "GB200",
+    "B300",
+    "B200",
+    "H200",
+    "H100",
+    "A100",
+    "V100",
+    "MI355X",
+    "MI325X",
+    "MI300X",
+    "MI250X",
+    "L40S",
+)
 FLASH_FREE = ("V100", "A100", "A800")
 
 
@@ -156,22 +171,37 @@ def _model(row: Mapping[str, str | None]) -> Transformer:
 
 
 def _cluster(row: Mapping[str, str | None]) -> hardware.Cluster:
-    name = row.get("gpu") or ""
-    known = {alias.lower() for gpu in hardware.gpus().values() for alias in (gpu.name, *gpu.aliases)}
-    gpu = hardware.find(name if name.lower() in known else name.partition(" (")[0])
+    gpu = _gpu(row.get("gpu") or "")
     gpus = _count(row, "gpus", 1)
     node = _count(row, "gpus_per_node", min(8, gpu.domain))
     return hardware.Cluster(gpu, gpus, node, _number(row, "internode_gbps_per_gpu", 0.0))
 
 
+def _gpu(name: str) -> hardware.Gpu:
+    """The accelerator of a source's own wording: an alias, or the family it begins with and the memory it names."""
+    known = hardware.gpus().values()
+    aliases = {alias.lower(): gpu for gpu in known for alias in (gpu.name, *gpu.aliases)}
+    for words in (name, name.partition(" (")[0]):
+        if words.lower() in aliases:
+            return aliases[words.lower()]
+    family = next((word for word in FAMILIES if re.search(rf"\b{word}", name, re.I)), None)
+    if family is None:
+        return hardware.find(name)
+    parts = [gpu for gpu in known if gpu.name.startswith(family.lower()) and not gpu.full_power]
+    size = re.search(r"(\d+) ?GB", name)
+    return min(parts or [hardware.find(family)], key=lambda gpu: abs(gpu.memory - float(size[1])) if size else 0.0)
+
+
 def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware.Cluster) -> Layout:
     """What the row states, and the rules for what it does not.
 
-    Attention: unfused under megatron on V100 and A100 and under jax, flash otherwise. Sharding: all states under
-    pytorch and where less does not fit, the optimiser under megatron with flash attention, nothing in older Megatron. Micro-batch: 1 in a pipeline,
-    else the largest power of two that divides the rank's batch and holds at most 16,384 tokens. Chunks of a pipeline:
-    one a block where the notes name the interleaved schedule, or Megatron with flash attention has micro-batches in a
-    multiple of the stages; else one a stage.
+    Attention: unfused under megatron and oneflow on V100 and A100 and under jax for plain GPTs; else FlashAttention-2
+    under pytorch, cuDNN's otherwise. Sharding: all states under pytorch, and where the optimiser's alone are too
+    little; the optimiser under megatron with fused attention, nothing in older Megatron. Micro-batch: in a pipeline 1,
+    under pytorch as many as stages; else the largest power of two that divides the rank's batch and holds at most
+    16,384 tokens. Chunks of a stage: two under pytorch if the notes say interleaved; one a block under megatron if they
+    do, or with fused attention where the micro-batches are a multiple of the stages; else one. Tensor-parallel traffic overlaps where the notes say
+    asynchronous, and under megatron with fused attention on devices with 8-bit units.
     """
     notes = f"{row.get('notes') or ''} {row.get('source') or ''}"
     stack = row.get("stack") or "pytorch-eager"
@@ -195,7 +225,7 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         raise PlanError(f"zero_or_fsdp is {sharding!r}", f"Choose one of {', '.join(SHARDINGS)}.")
     group = re.search(r"zero1=(\d+)", notes)
     modern = flash or stack not in ("megatron", "oneflow")
-    schedule = next((name for name in ("zb-2p", "zb-1p") if f"schedule {name}" in notes.lower()), "1f1b")
+    schedule = next((name for name in SCHEDULES if f"schedule {name}" in notes.lower()), SCHEDULES[0])
     return Layout(
         global_batch=batch,
         dp=dp,
@@ -251,7 +281,7 @@ def _chunks(layers: int, pp: int, micro_batches: int, stack: str, flash: bool, i
 
 
 def _reduce_bytes(notes: str, stack: str, modern: bool, precision: str) -> int:
-    """Gradients travel in 16 bit under pytorch (FSDP's default), in pure 16-bit, old fp16 and 8-bit runs, else in 32."""
+    """Gradients travel in 16 bit under pytorch (FSDP's default), in pure, old fp16 and 8-bit runs, else in 32."""
     pure = "PURE" in notes
     torch = stack.startswith("pytorch") and "mode DEFAULT" not in notes
     return 2 if torch or pure or precision in ("fp8", "mxfp8", "nvfp4") or (not modern and precision != "bf16") else 4
@@ -272,8 +302,3 @@ def _lightest_recompute(case: Case) -> Case:
     options[0] = replace(case, layout=replace(case.layout, recompute="none"))
     needs = _needs(options)
     return next((option for option, need in zip(options, needs, strict=True) if need <= _room(case)), options[-1])
-
-
-def each(runs: Runs, choose: Callable[[Run], bool]) -> Iterator[Run]:
-    """The runs that a condition holds for."""
-    return (run for run in runs.runs if choose(run))

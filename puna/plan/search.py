@@ -35,11 +35,15 @@ class Found:
 
 
 def candidates(model: Transformer, cluster: Cluster, base: Layout, precisions: Sequence[str]) -> Iterator[Layout]:
-    """Layouts whose sizes divide what they cut: dp x sharding x tp x pp x vp x cp x micro-batch x recompute x precision.
+    """Layouts whose sizes divide what they cut: dp x sharding x tp x pp x vp x cp x micro-batch x recompute x format.
 
     Tensor parallelism stays inside the fast links; context parallelism is tried from 16,384 tokens on.
     """
-    tps = [n for n in _powers(min(cluster.domain, cluster.gpus, 16)) if model.heads % n == 0 and model.kv_heads % min(n, model.kv_heads) == 0]
+    tps = [
+        n
+        for n in _powers(min(cluster.domain, cluster.gpus, 16))
+        if model.heads % n == 0 and model.kv_heads % min(n, model.kv_heads) == 0
+    ]
     cps = [n for n in _powers(64) if base.seq_len % (2 * n) == 0 and (n == 1 or base.seq_len // n >= 4096)]
     for tp, cp in product(tps, cps):
         for pp in _stages(model.layers, cluster.gpus // (tp * cp)):
@@ -57,9 +61,12 @@ def _filled(layout: Layout, model: Transformer, cluster: Cluster, precisions: Se
     for micro, precision in product(micros, precisions):
         num = rank_batch // micro
         chunks = [v for v in _chunks(model.layers, layout.pp) if v == 1 or num % layout.pp == 0]
-        for vp, recompute, (sharding, group) in product(chunks, ("none", "selective", "full"), _shardings(layout, cluster)):
+        for vp, recompute, (sharding, group) in product(
+            chunks, ("none", "selective", "full"), _shardings(layout, cluster)
+        ):
             yield replace(
-                layout, micro_batch=micro, vp=vp, recompute=recompute, sharding=sharding, shard_group=group, precision=precision
+                layout, micro_batch=micro, vp=vp, recompute=recompute, sharding=sharding, shard_group=group,
+                precision=precision,
             )  # fmt: skip
 
 
@@ -114,12 +121,16 @@ def search(
     fits = need <= ROOM * c.capacity
     seconds = estimate(c, fitted.constants)["seconds"]
     order = np.lexsort((seconds, ~fits))
-    return Found([layouts[i] for i in order[:400]], seconds[order[:400]], need[order[:400]], int(fits.sum()), len(layouts))
+    return Found(
+        [layouts[i] for i in order[:400]], seconds[order[:400]], need[order[:400]], int(fits.sum()), len(layouts)
+    )
 
 
 def spread(model: Transformer, cluster: Cluster, layouts: Sequence[Layout]) -> Columns:
     """The columns of many layouts of one job: what they share is worked out once."""
-    by_precision = {p: columns([Case(model, cluster, replace(layouts[0], precision=p))]) for p in {x.precision for x in layouts}}
+    by_precision = {
+        p: columns([Case(model, cluster, replace(layouts[0], precision=p))]) for p in {x.precision for x in layouts}
+    }
     first = by_precision[layouts[0].precision]
     c = Columns({key: np.repeat(value, len(layouts)) for key, value in first.items()})
     for name, key in (("tp", "tp"), ("cp", "cp"), ("pp", "pp"), ("dp", "dp"), ("vp", "vp"), ("micro_batch", "b")):
@@ -146,10 +157,19 @@ def report(
     found = search(model, cluster, base, fitted, precisions, trainable)
     if not found.num_fit:
         case = Case(model, cluster, found.layouts[int(np.argmin(found.bytes))])
-        return {"fits": False, "tried": found.num_tried, "shortfall": shortfall(case), "remedies": remedies(case, fitted)}
+        return {
+            "fits": False,
+            "tried": found.num_tried,
+            "shortfall": shortfall(case),
+            "remedies": remedies(case, fitted),
+        }
     best = describe(Case(model, cluster, found.layouts[0]), fitted)
     different = next(
-        (i for i in range(1, min(found.num_fit, len(found.layouts))) if _degrees(found.layouts[i]) != _degrees(found.layouts[0])),
+        (
+            i
+            for i in range(1, min(found.num_fit, len(found.layouts)))
+            if _degrees(found.layouts[i]) != _degrees(found.layouts[0])
+        ),
         None,
     )
     return {

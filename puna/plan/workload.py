@@ -61,7 +61,9 @@ def _gpt(name: str, layers: int, hidden: int, heads: int, vocab: int = 51200) ->
     return Transformer(layers, hidden, 4 * hidden, heads, heads, vocab, gated=False, tied=True, name=name)
 
 
-def _llama(name: str, layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, tied: bool = False) -> Transformer:
+def _llama(
+    name: str, layers: int, hidden: int, ffn: int, heads: int, kv: int, vocab: int, tied: bool = False
+) -> Transformer:
     return Transformer(layers, hidden, ffn, heads, kv, vocab, tied=tied, name=name)
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON, and nothing else, on stdout.")
+as_json = click.option(
+    "--json", "as_json", is_flag=True, help="Print the figures as JSON, and nothing else, on stdout."
+)
 csv_file = click.argument("file", metavar="FILE.csv", type=click.Path(path_type=Path))
 
 

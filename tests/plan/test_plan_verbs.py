@@ -1,0 +1,75 @@
+"""`puna plan` from the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from puna.plan_verbs import plan
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(plan, list(words))
+
+
+def told(*words: str) -> dict[str, Any]:
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return json.loads(result.stdout)
+
+
+def test_estimate_of_a_recipe_and_of_a_model() -> None:
+    recipe = told("estimate", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "64")
+    assert recipe["low"] < recipe["seconds"] < recipe["high"]
+    assert recipe["layout"]["dp"] == 64
+    model = told("estimate", "--model", "llama2-7b", "--gpu", "h100-sxm", "--gpus", "64", "--tp", "2")
+    assert (model["layout"]["tp"], model["layout"]["dp"]) == (2, 32)
+
+
+def test_what_does_not_fit_is_told_in_words() -> None:
+    result = run("estimate", "--model", "llama2-70b", "--gpu", "a100-40", "--gpus", "8", "--sharding", "zero1")
+    assert "Does not fit" in result.output
+
+
+def test_search_prints_the_best_and_writes_a_recipe(tmp_path: Path) -> None:
+    out = tmp_path / "found.toml"
+    figures = told("search", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "64", "--emit", str(out))
+    assert figures["best"]["layout"]["tp"] == 1
+    from puna.recipe import load
+
+    loaded = load(str(out), ()).recipe
+    assert loaded.train.micro_batch == figures["best"]["layout"]["micro_batch"]
+    assert loaded.train.batch_tokens == figures["best"]["layout"]["global_batch"] * loaded.train.seq_len
+
+
+def test_hardware_lists_everything_with_sources() -> None:
+    assert "h100-sxm" in run("hardware").output
+    assert told("hardware", "gb200")["gb200"]["sources"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("estimate", "--gpu", "h100-sxm", "--gpus", "8"), "needs a recipe or --model"),
+        (("estimate", "--model", "llama2-7b", "--gpu", "h100", "--gpus", "-8"), "gpus is -8"),
+        (("estimate", "--model", "llama2-7b", "--gpu", "h1000", "--gpus", "8"), "no accelerator named 'h1000'"),
+        (("estimate", "--model", "llama2-7b", "--gpu", "h100", "--gpus", "8", "--tp", "3"), "does not divide 8 GPUs"),
+        (("estimate", "--model", "llama9", "--gpu", "h100", "--gpus", "8"), "no model named 'llama9'"),
+        (("search", "--model", "llama2-7b", "--gpu", "h100", "--gpus", "7"), "no layout of 7 GPUs"),
+    ],
+)
+def test_mistakes_are_told(words: tuple[str, ...], message: str) -> None:
+    result = run(*words)
+    assert message in str(result.exception)
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; from puna.plan import search, validate, fit, job, describe, fits; "
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
