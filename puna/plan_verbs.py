@@ -108,6 +108,40 @@ def search(
 
 
 @plan.command()
+@click.option("--model", required=True, help="A model by name, such as llama2-7b.")
+@click.option("--gpu", required=True, help="Accelerator or cluster; see `puna plan hardware`.")
+@click.option("--gpus", "sizes", default="8,32,128,512,2048", show_default=True, help="Numbers of devices.")
+@click.option("--batch", type=click.IntRange(1), help="Sequences of the batch of strong scaling.")
+@click.option("--out", type=click.Path(path_type=Path), help="HTML page to write.")
+@as_json
+def sweep(model: str, gpu: str, sizes: str, batch: int | None, out: Path | None, as_json: bool) -> None:
+    """Weak and strong scaling, exposed communication, tokens a joule and the best layout by number of devices.
+
+    \b
+    Example:  puna plan sweep --model llama2-7b --gpu h100-sxm --out scaling.html
+    """
+    from puna.plan import hardware, job
+    from puna.plan import sweep as scaling
+    from puna.plan.constants import load
+
+    counts = [int(word) for word in sizes.split(",")]
+    shape = job.by_name(model)
+    base = job.usual_layout(shape, hardware.cluster(gpu, max(counts)), None, None)
+    found = scaling.sweep(shape, gpu, counts, base, load(), batch)
+    if out:
+        scaling.write(scaling.page(shape, gpu, found), out)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, rows in found.items():
+        for row in rows:
+            click.echo(
+                f"{name:<7} {row['gpus']:>6} GPUs  mfu {row['mfu']:.3f}  exposed {row['exposed']:.2f}  "
+                f"{row['tokens_per_s_per_gpu']:.0f} tokens/s/GPU  tp {row['tp']} pp {row['pp']} cp {row['cp']}"
+            )
+
+
+@plan.command()
 @csv_file
 @click.option("--predictions", type=click.Path(path_type=Path), help="CSV to write: id, predicted_s, low_s, high_s.")
 @as_json

@@ -46,6 +46,15 @@ def test_search_prints_the_best_and_writes_a_recipe(tmp_path: Path) -> None:
     assert loaded.train.batch_tokens == figures["best"]["layout"]["global_batch"] * loaded.train.seq_len
 
 
+def test_sweep_draws_the_pictures(tmp_path: Path) -> None:
+    out = tmp_path / "scaling.html"
+    words = ("sweep", "--model", "llama2-7b", "--gpu", "h100-sxm", "--gpus", "8,64,512", "--batch", "512")
+    figures = told(*words, "--out", str(out))
+    assert [row["gpus"] for row in figures["weak"]] == [8, 64, 512]
+    assert len(figures["strong"]) == len(figures["best"]) == 3
+    assert out.read_text(encoding="utf-8").count("<svg") == 4
+
+
 def test_hardware_lists_everything_with_sources() -> None:
     assert "h100-sxm" in run("hardware").output
     assert told("hardware", "gb200")["gb200"]["sources"]
