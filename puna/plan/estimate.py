@@ -1,12 +1,11 @@
 """Seconds of one optimiser step, for many jobs at once: kernels, collectives, and how they overlap."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 
 from puna.plan import collectives
-from puna.plan.footprint import block_parameters, stage_layers
+from puna.plan.footprint import block_parameters, ends_count, stage_layers
 from puna.plan.layout import Columns
 
 Array = np.ndarray
@@ -15,13 +14,19 @@ TENSORS = 12
 """Parameter tensors of a GPT block, biases and norms included: what sharding without flat units gathers one by one."""
 
 
+WORST = 0.2
+"""Least share of its rate that a matrix product keeps, whatever its sizes."""
+SCHEDULE_FILL = np.array([1.0, 0.45, 0.05])
+"""Bubble of 1F1B, ZB-1p and ZB-2p over that of 1F1B (Qi et al. 2024, arXiv 2401.10241, table 2)."""
+
+
 @dataclass(frozen=True)
 class Constants:
     """What no data sheet says. Fitted by `puna plan fit`; the values that ship are in constants.json."""
 
     matmul: float = 0.95  # share of the achievable matrix rate that large products reach in a step
     feed: float = 0.002  # bytes/FLOP that a product's operands cost at memory bandwidth beside its arithmetic
-    align: float = 0.1  # loss of rate for each halving of a matrix dim's power-of-two factor below 64
+    align: float = 0.25  # loss of rate for each halving of a matrix dim's power-of-two factor below 64
     memory: float = 0.75  # share of the memory bandwidth that pointwise kernels reach
     attention: float = 0.55  # share of the achievable rate that fused attention reaches
     host: float = 1.0e-3  # seconds in which the host issues one block's forward
@@ -57,64 +62,57 @@ class Constants:
 def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     """Seconds by kind; "seconds" is the step.
 
-    The parts add up to the step: compute, recompute, attention and pointwise work as the busiest stage does them,
-    exposed communication by kind (tensor, context, sharding, gradients, pipeline), bubble, host (waiting for the launch of
-    kernels), optimizer, other.
+    The parts add up to the step: products, attention, pointwise and recompute as the busiest stage does them; exposed
+    communication by kind (tensor, context, sharding, gradients, pipeline); bubble; host (waiting for the launch of
+    kernels); optimizer; other (waiting for the slowest rank, and what belongs to no block).
     """
     f = _Forward(c, k)
-    layers = stage_layers(c)
-    m = np.maximum(1.0, c.B / (c.dp * c.b))
-    again = np.where(c.rc == 2, c.redone, 0.0)
-    core_again = np.where((c.rc == 1) & (c.stack > 1), 1.0, 0.0)
-    half_again = np.where((c.rc == 1) & (c.stack <= 1), 0.5, 0.0)
-    redo = again + half_again
-    forward = f.products + f.pointwise + f.attention
-    attention_back = f.attention * np.where(c.flash > 0, 2.4, 1.7)
-    backward = f.products_back + 1.6 * f.pointwise + attention_back
-    recompute = redo * forward + core_again * np.where(c.flash > 0, 0.0, f.attention)
-    tensor = f.tensor
-    tensor_back = f.tensor * (1.0 + again + half_again)
-    context, context_back = f.context, f.context * (2 + redo)
-    host, host_back = f.host, f.host * (1.0 + redo + 0.3)
-    gpu_f = forward + tensor + context
-    gpu_b = backward + recompute + tensor_back + context_back
-    ag, rs = _sharding(c, k, f)
-    ag_back = np.where(c.zero >= 3, ag, 0.0)
-    busy_f, wait_f = _overlapped(np.maximum(gpu_f, host), ag, c, k)
-    busy_b, wait_b = _overlapped(np.maximum(gpu_b, host_back), ag_back + rs, c, k)
-    block = busy_f + busy_b + wait_f + wait_b
-    head = f.head * np.where(c.pp > 1, 1.0, 1.0)
-    ends = (c.L % c.pp != 0) & (np.abs(layers * c.pp - c.L) > 0.5)
-    last = layers * block + np.where(ends & (c.pp > 1), head - block, head)
-    usual = layers * block
-    slowest = np.maximum(last, usual)
-    total_stages = usual * (c.pp - 1) + last
-    fill = np.where(c.pp > 1, (total_stages - slowest) / np.maximum(1, c.vp), 0.0)
-    fill = np.select([c.zb == 1, c.zb == 2], [fill * 0.45, fill * 0.05], fill)
-    pipeline = _pipeline(c, k, m)
-    steady = m * slowest
-    gradients = _gradients(c, k, f, layers, m, block)
-    optimizer = _optimizer(c, k, layers)
-    edge = ag + rs
-    parts = {
-        "products": m * layers * (f.products + f.products_back) + m * np.where(slowest > usual, head, 0),
-        "attention": m * layers * (f.attention + attention_back),
-        "pointwise": m * layers * 2.6 * f.pointwise,
-        "recompute": m * layers * recompute,
-        "tensor": m * layers * (tensor + tensor_back),
-        "context": m * layers * (context + context_back),
-        "sharding": m * layers * (wait_f + wait_b) + edge,
-        "bubble": fill,
-        "pipeline": pipeline,
-        "gradients": gradients,
-        "optimizer": optimizer,
-    }
-    total = steady + fill + pipeline + gradients + optimizer + edge
-    nodes = np.maximum(1.0, c.n / c.node)
-    late = total * k.jitter * np.sqrt(2 * np.log(nodes)) + k.step
+    b = _Block(c, k, f)
+    layers, m = stage_layers(c), np.maximum(1.0, c.B / (c.dp * c.b))
+    blocks = layers * b.seconds
+    last = blocks + np.where(ends_count(c), f.head - b.seconds, f.head)
+    slowest = np.maximum(last, blocks)
+    fill = np.where(c.pp > 1, (blocks * (c.pp - 1) + last - slowest) / c.vp, 0.0) * SCHEDULE_FILL[c.zb.astype(int)]
+    parts = {name: m * layers * value for name, value in b.parts.items()}
+    parts["products"] = parts["products"] + m * np.where(slowest > blocks, f.head, 0.0)
+    parts["sharding"] = parts["sharding"] + b.gather + b.reduce
+    parts["bubble"] = fill
+    parts["pipeline"] = _pipeline(c, k, m)
+    parts["gradients"] = _gradients(c, k, layers, m, b.seconds)
+    parts["optimizer"] = _optimizer(c, k, layers)
+    alone = ("pipeline", "gradients", "optimizer")
+    total = m * slowest + fill + b.gather + b.reduce + sum(parts[name] for name in alone)
     parts["host"] = np.maximum(0.0, total - sum(parts.values()))
-    parts["other"] = late
-    return parts | {"seconds": total + late}
+    parts["other"] = total * k.jitter * np.sqrt(2 * np.log(np.maximum(1.0, c.n / c.node))) + k.step
+    return parts | {"seconds": total + parts["other"]}
+
+
+class _Block:
+    """One block and micro-batch, forward and backward: seconds, and where they go; host is what is left."""
+
+    def __init__(self, c: Columns, k: Constants, f: "_Forward") -> None:
+        redo = np.select([c.rc == 2, (c.rc == 1) & (c.stack <= 1)], [c.redone, 0.5], 0.0)
+        core = np.where((c.rc == 1) & (c.stack > 1) & (c.flash == 0), f.attention, 0.0)
+        attention_back = f.attention * np.where(c.flash > 0, 2.4, 1.7)
+        forward = f.products + f.pointwise + f.attention
+        recompute = redo * forward + core
+        backward = f.products_back + 1.6 * f.pointwise + attention_back + recompute
+        traffic, traffic_back = f.tensor + f.context, f.tensor * (1 + redo) + f.context * (2 + redo)
+        self.gather, self.reduce = _sharding(c, k)
+        busy = np.maximum(forward + traffic, f.host)
+        busy_back = np.maximum(backward + traffic_back, f.host * (1.3 + redo))
+        wait = _waits(busy, self.gather, c, k)
+        wait += _waits(busy_back, np.where(c.zero >= 3, self.gather, 0.0) + self.reduce, c, k)
+        self.seconds = busy + busy_back + wait
+        self.parts = {
+            "products": f.products + f.products_back,
+            "attention": f.attention + attention_back,
+            "pointwise": 2.6 * f.pointwise,
+            "recompute": recompute,
+            "tensor": f.tensor * (2 + redo),
+            "context": f.context * (3 + redo),
+            "sharding": wait,
+        }
 
 
 class _Forward:
@@ -137,7 +135,7 @@ class _Forward:
             self._matmul(tokens, inner, width, low) + self._matmul(inner, width, tokens, low)
             for inner, width, _ in shapes
         )
-        vocab = c.V / c.tp
+        vocab = np.ceil(c.V / c.tp / 128) * 128
         no = np.zeros_like(low)
         head = (
             self._matmul(tokens, vocab, c.h, no)
@@ -146,7 +144,6 @@ class _Forward:
         )
         rate = c.bw * k.memory
         self.head = head + tokens * vocab * np.where(c.stack == 0, 22.0, 18.0) / rate
-        self.head += np.where(c.rc == 2, 0, 0)
         self.attention = self._attention(tokens, head_dim, rate)
         self.pointwise = self._pointwise(tokens, rate)
         nodes = c.tp
@@ -164,7 +161,7 @@ class _Forward:
         waves = np.ceil(rows / 128) * np.ceil(width / 128) / c.sm
         filled = waves / (waves + 0.5)
         deep = inner / (inner + 128)
-        even = 1 - k.align * (_halvings(rows) + _halvings(width) + _halvings(inner)) / 3
+        even = np.maximum(WORST, 1 - k.align * (_halvings(rows) + _halvings(width) + _halvings(inner)) / 3)
         peak = np.where(low, c.peak * k.low, c.peak16)
         rate = peak * c.achievable * k.matmul * filled * deep * even * c.throttle**k.throttle
         moved = 2 * (rows * width + width * inner + rows * inner)
@@ -179,7 +176,7 @@ class _Forward:
         top = c.peak16 * c.achievable * c.throttle**k.throttle
         long = c.s / (c.s + 512)
         fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 8e-6
-        even = 1 - k.align * 2 * _halvings(head_dim) / 3
+        even = np.maximum(WORST, 1 - k.align * 2 * _halvings(head_dim) / 3)
         square = tokens * c.s * heads
         plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 4 / rate + 5 * 4e-6
         return np.where(c.flash > 0, fused, plain)
@@ -208,12 +205,11 @@ def _halvings(size: Array) -> Array:
     return sum((size % (1 << n) != 0).astype(float) for n in range(1, 7))
 
 
-def _overlapped(busy: Array, traffic: Array, c: Columns, k: Constants) -> tuple[Array, Array]:
-    """Compute, and what it waits for traffic that runs beside it and slows it."""
-    beside = np.minimum(busy, traffic)
-    both = busy + k.contention * beside
+def _waits(busy: Array, traffic: Array, c: Columns, k: Constants) -> Array:
+    """What compute of `busy` seconds waits for traffic beside it, which also slows it."""
+    both = busy + k.contention * np.minimum(busy, traffic)
     total = np.where(c.overlap > 0, (both**6 + traffic**6) ** (1 / 6), busy + traffic)
-    return busy, np.where(traffic > 0, total - busy, 0.0)
+    return np.where(traffic > 0, total - busy, 0.0)
 
 
 def _group(c: Columns) -> tuple[Array, Array]:
@@ -222,7 +218,7 @@ def _group(c: Columns) -> tuple[Array, Array]:
     return c.shard, np.minimum(c.shard, inside)
 
 
-def _sharding(c: Columns, k: Constants, f: _Forward) -> tuple[Array, Array]:
+def _sharding(c: Columns, k: Constants) -> tuple[Array, Array]:
     """Gather and reduction of one block's parameters where they are sharded (zero2, zero3)."""
     n, inside = _group(c)
     block = block_parameters(c) / c.tp
@@ -251,7 +247,7 @@ def _pipeline(c: Columns, k: Constants, m: Array) -> Array:
     return np.where(c.pp > 1, 2 * time * (m * c.vp * exposed + c.pp - 1), 0.0)
 
 
-def _gradients(c: Columns, k: Constants, f: _Forward, layers: Array, m: Array, block: Array) -> Array:
+def _gradients(c: Columns, k: Constants, layers: Array, m: Array, block: Array) -> Array:
     """Reduction of gradients and gather of new parameters, once a step, where they are not sharded in the step."""
     local = layers * block_parameters(c) / c.tp + c.V * c.h / c.tp
     ranks = c.dp * c.cp
@@ -275,8 +271,3 @@ def _optimizer(c: Columns, k: Constants, layers: Array) -> Array:
     local = layers * block_parameters(c) / c.tp + c.V * c.h / c.tp
     mine = np.where(c.zero > 0, local / np.maximum(1, c.shard), local)
     return mine * 30 / (c.bw * k.memory) + local * np.where(once_a_step(c), 6.0, 0.0) / (c.bw * k.memory)
-
-
-def summary(parts: dict[str, Array], index: int = 0) -> dict[str, Any]:
-    """One job's seconds by kind."""
-    return {name: float(value[index]) for name, value in parts.items()}

@@ -18,7 +18,7 @@ STEP = 1e-4  # of a logarithm, for derivatives
 MOST_ROWS = 100  # of one source that a fit looks at, evenly spaced
 PRIOR = 0.002  # pull of each constant to its start, per unit of log, in shares of the data's weight
 BOUNDS = {
-    "matmul": (0.6, 1.0), "align": (1e-3, 0.5), "memory": (0.3, 0.92), "attention": (0.2, 1.0), "link": (0.6, 0.95),
+    "matmul": (0.6, 1.0), "align": (1e-3, 1.0), "memory": (0.3, 0.92), "attention": (0.2, 1.0), "link": (0.6, 0.95),
     "network": (0.75, 0.95), "hop": (1.8, 2.2), "hidden": (0.05, 0.95), "low": (0.3, 1.2), "throttle": (0.1, 2.0),
     "contention": (0.01, 1.0),
 }  # fmt: skip
@@ -32,7 +32,7 @@ def weights(sources: Sequence[str]) -> np.ndarray:
 
 
 def fit(
-    c: Columns, seconds: np.ndarray, weight: np.ndarray, start: Constants | None = None, steps: int = 25
+    c: Columns, seconds: np.ndarray, weight: np.ndarray, start: Constants | None = None, steps: int = 50
 ) -> Constants:
     """The constants that minimise the weighted robust log error, by damped Gauss-Newton steps in the logarithm.
 
@@ -91,7 +91,7 @@ def _descend(
                 x, e, gain, best, damping = new, tried, best - value, value, max(damping / 4, 1e-4)
                 break
             damping = min(damping * 5, 1e4)
-        if gain < 2e-5 * best:
+        if gain < 2e-6 * best:
             break
     return x
 

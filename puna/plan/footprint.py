@@ -15,8 +15,8 @@ def footprint(c: Columns, reserve: float = 1.5e9) -> dict[str, np.ndarray]:
     Model states (Korthikanti et al. 2022; ZeRO): 16-bit weights and 32-bit gradients on every rank, 12 bytes a
     parameter of master weights and moments, what is sharded divided by the shard group; fully sharded: 16 bytes a
     parameter over the group and two gathered blocks, or everything gathered and summed in a pipeline. Activations of a
-    token and block: 2 bytes of what matrix products and pointwise kernels keep, 5 a s more without flash attention; 1F1B keeps pp
-    micro-batches on the first stage, interleaving (1 + (pp - 1) / (pp vp)) as many, ZB-2p twice.
+    token and block: 2 bytes of what products and pointwise kernels keep, 5 a s more without flash attention; 1F1B keeps
+    pp micro-batches on the first stage, interleaving (1 + (pp - 1) / (pp vp)) as many, ZB-2p twice.
     """
     block = block_parameters(c)
     layers = np.ceil(np.round(stage_layers(c), 9))

@@ -200,8 +200,9 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
     little; the optimiser under megatron with fused attention, nothing in older Megatron. Micro-batch: in a pipeline 1,
     under pytorch as many as stages; else the largest power of two that divides the rank's batch and holds at most
     16,384 tokens. Chunks of a stage: two under pytorch if the notes say interleaved; one a block under megatron if they
-    do, or with fused attention where the micro-batches are a multiple of the stages; else one. Tensor-parallel traffic overlaps where the notes say
-    asynchronous, and under megatron with fused attention on devices with 8-bit units.
+    do, or with fused attention where the micro-batches are a multiple of the stages; else one. Tensor-parallel
+    traffic overlaps where the notes say asynchronous, and under megatron with fused attention on devices with 8-bit
+    units.
     """
     notes = f"{row.get('notes') or ''} {row.get('source') or ''}"
     stack = row.get("stack") or "pytorch-eager"

@@ -60,10 +60,10 @@ def page(model: Transformer, gpu: str, found: dict[str, list[dict[str, Any]]]) -
     )
     figures = "".join(f"<h2>{title}</h2>{_picture(found, key)}" for title, key in pictures)
     head = ("gpus", "tp", "pp", "cp", "dp", "micro_batch", "sharding", "recompute", "mfu")
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(short(row[k]) if isinstance(row[k], float) else str(row[k]))}</td>' for k in head)}</tr>"
-        for row in found["best"]
-    )
+    cells = [
+        [short(row[k]) if isinstance(row[k], float) else escape(str(row[k])) for k in head] for row in found["best"]
+    ]
+    rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
     title = escape(f"{model.name} on {gpu}")
     return (
         f"<!doctype html><meta charset=utf-8><title>{title}</title><style>body{{font:15px system-ui;margin:2em auto;"
