@@ -142,6 +142,31 @@ def sweep(model: str, gpu: str, sizes: str, batch: int | None, out: Path | None,
 
 
 @plan.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--gpu", default="this-machine", show_default=True, help="What it ran on; `puna doctor --write` names this."
+)
+@click.option("--gpus", type=int, help="Devices; the run's own processes where not given.")
+@as_json
+def compare(run: Path, gpu: str, gpus: int | None, as_json: bool) -> None:
+    """A run's step time and memory beside what is predicted for it.
+
+    \b
+    Example:  puna plan compare runs/mine --json
+    """
+    from puna.plan import compare as comparison
+    from puna.plan import hardware, job
+    from puna.plan.constants import load as constants
+    from puna.recipe import load
+
+    recipe = load(str(run), ()).recipe
+    cluster = hardware.cluster(gpu, gpus or recipe.run.num_processes)
+    shape, base = job.of_recipe(recipe.model, recipe.train, recipe.mesh, cluster)
+    figures = comparison.compare(job.build(shape, cluster, base, {}), run, constants())
+    _print(figures, as_json)
+
+
+@plan.command()
 @csv_file
 @click.option("--predictions", type=click.Path(path_type=Path), help="CSV to write: id, predicted_s, low_s, high_s.")
 @as_json

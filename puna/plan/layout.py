@@ -115,7 +115,7 @@ def _numbers(case: Case) -> dict[str, float]:
         "L": model.layers, "h": model.hidden, "f": model.ffn, "a": model.heads, "kv": model.kv_heads,
         "V": model.vocab, "gated": model.gated, "tied": model.tied,
     }  # fmt: skip
-    wide = "bf16" if layout.precision not in ("fp16", "fp32") else layout.precision
+    wide = layout.precision if layout.precision in ("fp16", "fp32") else "bf16"
     device = {
         "peak": gpu.peak(layout.precision) * 1e12, "peak16": gpu.peak(wide) * 1e12, "achievable": gpu.achievable,
         "bw": gpu.bandwidth * 1e12, "link": gpu.link * 1e9, "net": cluster.network_gbps * 1e9 / 8,
