@@ -27,12 +27,12 @@ ALL_REDUCE = {  # bus bandwidth in GB/s on DGX H100 nodes, read from the study's
 
 def weak(gpu: str, gpus: int, sequences: int = 2, model: Transformer = SEVEN, **settings: Any) -> dict[str, Any]:
     """Figures of fully sharded training at `sequences` of 4,096 tokens a device; tp keeps the tokens."""
-    tp = settings.get("tp", 1)
+    tp, pp = settings.get("tp", 1), settings.get("pp", 1)
     seq_len = settings.pop("seq_len", 4096)
     layout = Layout(
         global_batch=sequences * gpus,
-        dp=gpus // tp,
-        micro_batch=sequences * tp,
+        dp=gpus // (tp * pp),
+        micro_batch=sequences * tp * pp if pp == 1 else 1,
         seq_len=seq_len,
         sharding="zero3",
         stack="pytorch-eager",
@@ -49,12 +49,15 @@ def test_sixteen_times_the_devices_cost_a_third_of_their_speed_and_little_power(
 
 
 def test_a_faster_generation_uses_less_of_itself() -> None:
-    assert 0.15 <= weak("a100-80", 128)["mfu"] - weak("h100-sxm", 128)["mfu"] <= 0.25
+    for gpus in (256, 512):
+        assert 0.15 <= weak("a100-80", gpus)["mfu"] - weak("h100-sxm", gpus)["mfu"] <= 0.25
 
 
 def test_model_parallelism_of_two_to_four_wins_at_scale_only() -> None:
     def best(gpus: int, sequences: int) -> int:
-        return max((1, 2, 4, 8), key=lambda tp: weak("h100-sxm", gpus, sequences, tp=tp)["mfu"])
+        degrees = [(tp, pp) for tp in (1, 2, 4, 8) for pp in (1, 2, 4, 8)]
+        tp, pp = max(degrees, key=lambda cut: weak("h100-sxm", gpus, sequences, tp=cut[0], pp=cut[1])["mfu"])
+        return tp * pp
 
     assert best(128, 1) == best(128, 2) == 1
     assert best(2048, 1) in (2, 4)
