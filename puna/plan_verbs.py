@@ -93,7 +93,7 @@ def search(
     """
     from puna.plan.constants import load
     from puna.plan.fits import sentence
-    from puna.plan.search import report
+    from puna.plan.search import lines, report
 
     shape, cluster, base = _job(recipe, model, gpu, gpus, seq_len, batch_tokens, network)
     figures = report(shape, cluster, base, load(), precision, trainable or emit is not None)
@@ -102,8 +102,11 @@ def search(
         from puna.plan.layout import Layout
 
         emit.write_text(text(recipe or model or "", Layout(**figures["best"]["layout"])), encoding="utf-8")
-    _print(figures, as_json)
-    if not figures["fits"] and not as_json:
+    if as_json:
+        click.echo(json.dumps(figures))
+    elif figures["fits"]:
+        click.echo("\n".join(lines(figures)))
+    else:
         click.echo(sentence(figures["shortfall"], figures["remedies"]))
 
 

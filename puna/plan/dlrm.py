@@ -56,15 +56,16 @@ def step(model: Dlrm, cluster: Cluster, batch: int, k: Constants, codec: Codec |
     """Seconds of a step by part: forward and backward exchange, all-reduce, kernels, codec; "seconds" is their sum."""
     n = cluster.gpus
     net, link = cluster.network_gbps * 1e9 / 8 * k.network, cluster.gpu.link * 1e9 * k.link
-    args = tuple(np.array(float(x)) for x in (n, min(n, cluster.gpus_per_node), link, net))
+    ranks, near, fast, slow = (np.array(float(x)) for x in (n, min(n, cluster.gpus_per_node), link, net))
     exchanged = len(model.rows) * batch * model.dim * FLOAT / n
     sent = exchanged / codec.ratio if codec else exchanged
+    dense = np.array(float(FLOAT * model.dense_parameters))
     operations = 6 * model.dense_parameters * batch / n
     looked_up = 3 * exchanged / (cluster.gpu.bandwidth * 1e12 * k.memory)
     parts = {
-        "forward exchange": float(collectives.exchange(np.array(sent), *args, k.hop)),
-        "backward exchange": float(collectives.exchange(np.array(exchanged), *args, k.hop)),
-        "all-reduce": float(collectives.reduce_all(np.array(float(FLOAT * model.dense_parameters)), *args, k.hop)),
+        "forward exchange": float(collectives.exchange(np.array(sent), ranks, near, fast, slow, k.hop)),
+        "backward exchange": float(collectives.exchange(np.array(exchanged), ranks, near, fast, slow, k.hop)),
+        "all-reduce": float(collectives.reduce_all(dense, ranks, near, fast, slow, k.hop)),
         "kernels": KERNELS * LAUNCH + looked_up + operations / (cluster.gpu.peak("fp32") * 1e12 * 0.5),
         "codec": exchanged * (1 / codec.encode + 1 / codec.decode) if codec else 0.0,
     }

@@ -1,5 +1,6 @@
 """The sentence about a job that does not fit: capacity, need and gap by kind, and the cheapest ways out."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +25,12 @@ def shortfall(case: Case) -> dict[str, Any]:
 
 
 def remedies(case: Case, fitted: Fitted) -> list[dict[str, Any]]:
-    """The changes of one setting that make it fit, the fastest first: what, its price in step time, GB then."""
+    """Changes that make it fit, the fastest first: what, its price in step time, GB then."""
     before = float(estimate(columns([case]), fitted.constants)["seconds"][0])
     options: list[dict[str, Any]] = []
-    for text, layout in _changes(case):
-        other = replace(case, layout=layout)
+    for text, other in [*((text, replace(case, layout=layout)) for text, layout in _changes(case)), *_larger(case)]:
         try:
-            layout.check(case.model, case.cluster)
+            other.layout.check(other.model, other.cluster)
         except PlanError:
             continue
         c = columns([other])
@@ -55,6 +55,19 @@ def _changes(case: Case) -> list[tuple[str, Layout]]:
     return [*found, ("recompute full, sharding zero3, micro-batch 1", combined)]
 
 
+def _larger(case: Case) -> Iterator[tuple[str, Case]]:
+    """More devices, everything sharded over them, all blocks recomputed."""
+    for factor in (2, 4, 8, 16):
+        cluster = replace(case.cluster, gpus=case.cluster.gpus * factor)
+        layout = replace(
+            case.layout, dp=case.layout.dp * factor, sharding="zero3", shard_group=0, recompute="full", micro_batch=1
+        )
+        yield (
+            f"{cluster.gpus} GPUs with sharding zero3, recompute full, micro-batch 1",
+            Case(case.model, cluster, layout),
+        )
+
+
 def _smaller(size: int) -> list[int]:
     return [n for n in (1, 2, 4, 8, 16, 32) if n < size and size % n == 0]
 
@@ -67,6 +80,6 @@ def sentence(short: dict[str, Any], options: list[dict[str, Any]]) -> str:
         f"({kinds})."
     )
     if not options:
-        return f"{head} No change of one setting helps: take more or larger devices."
+        return f"{head} Nothing tried helps: take larger devices."
     ways = "; ".join(f"{o['change']} ({o['step_time']:+.0%} step time, {o['need_gb']:.1f} GB)" for o in options)
     return f"{head} What helps, the cheapest first: {ways}."

@@ -183,6 +183,28 @@ def report(
     }
 
 
+def lines(told: dict[str, Any]) -> list[str]:
+    """A report in words."""
+    found = [f"{told['tried']} layouts tried, {told['num_fit']} fit"]
+    for name in ("best", "runner_up"):
+        if plan := told[name]:
+            cut = plan["layout"]
+            sizes = " ".join(f"{key} {cut[key]}" for key in ("dp", "tp", "pp", "vp", "cp", "micro_batch"))
+            found.append(
+                f"{name.replace('_', '-')}: {sizes} {cut['sharding']} recompute {cut['recompute']} {cut['precision']}: "
+                f"{plan['seconds']:.3g} s ({plan['low']:.3g} to {plan['high']:.3g}), "
+                f"{plan['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU, MFU {plan['mfu']:.1%}, "
+                f"{plan['memory_gb']['total']:.0f} of {plan['memory_gb']['capacity']:.0f} GB"
+            )
+    term = told["binding"]
+    found.append(f"binds: {term['term']}, {term['seconds']:.3g} s, {term['share']:.0%} of the step")
+    found += [
+        f"{f['change']}: tp {f['tp']} pp {f['pp']} cp {f['cp']} dp {f['dp']} would be best, {f['seconds']:.3g} s"
+        for f in told["flips"]
+    ]
+    return found
+
+
 def _degrees(layout: Layout) -> tuple[int, ...]:
     return (layout.tp, layout.pp, layout.cp, layout.dp)
 

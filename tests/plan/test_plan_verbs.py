@@ -46,6 +46,14 @@ def test_search_prints_the_best_and_writes_a_recipe(tmp_path: Path) -> None:
     assert loaded.train.batch_tokens == figures["best"]["layout"]["global_batch"] * loaded.train.seq_len
 
 
+def test_search_tells_the_best_in_words() -> None:
+    result = run("search", "--model", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "64")
+    assert "best: dp 64 tp 1" in result.output
+    assert "binds: " in result.output
+    short = run("search", "--model", "llama3-405b", "--gpu", "rtx4090", "--gpus", "8")
+    assert "Does not fit" in short.output
+
+
 def test_sweep_draws_the_pictures(tmp_path: Path) -> None:
     out = tmp_path / "scaling.html"
     words = ("sweep", "--model", "llama2-7b", "--gpu", "h100-sxm", "--gpus", "8,64,512", "--batch", "512")

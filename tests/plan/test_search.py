@@ -84,6 +84,14 @@ def test_what_does_not_fit_is_told_with_what_helps() -> None:
     assert ways[0]["change"] in words
 
 
+def test_where_no_setting_helps_more_devices_do() -> None:
+    cluster = hardware.cluster("a100-40", 16)
+    case = Case(workload.find("llama2-70b"), cluster, Layout(global_batch=512, dp=16, seq_len=4096))
+    ways = fits.remedies(case, load())
+    assert ways
+    assert all("GPUs with sharding zero3" in way["change"] for way in ways)
+
+
 def test_nothing_fits_is_no_plan_but_a_shortfall() -> None:
     told = search.report(LARGEST, hardware.cluster("rtx4090", 8), Layout(global_batch=8, seq_len=4096), load())
     assert not told["fits"]
