@@ -16,7 +16,7 @@ WAITING = 0.85
 power; Fernandez et al. 2024, arXiv 2411.13055)."""
 BUSY = 0.94
 """Power of a device that computes over its limit: 658 W of 700 W (same study)."""
-EXPOSED = ("tensor", "context", "sharding", "pipeline", "gradients")
+EXPOSED = ("tensor", "context", "experts", "sharding", "pipeline", "gradients")
 
 
 def describe(case: Case, fitted: Fitted) -> dict[str, Any]:

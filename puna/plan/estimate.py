@@ -1,5 +1,6 @@
 """Seconds of one optimiser step, for many jobs at once: kernels, collectives, and how they overlap."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -62,9 +63,9 @@ class Constants:
 def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     """Seconds by kind; "seconds" is the step.
 
-    The parts add up to the step: products, attention, pointwise and recompute as the busiest stage does them; exposed
-    communication by kind (tensor, context, sharding, gradients, pipeline); bubble; host (waiting for the launch of
-    kernels); optimizer; other (waiting for the slowest rank, and what belongs to no block).
+    The parts add up to the step: products, attention, pointwise and recompute as the busiest stage does them;
+    exposed communication by kind (tensor, context, experts, sharding, gradients, pipeline); bubble; host (waiting for
+    the launch of kernels); optimizer; other (waiting for the slowest rank, and what belongs to no block).
     """
     f = _Forward(c, k)
     b = _Block(c, k, f)
@@ -97,7 +98,8 @@ class _Block:
         forward = f.products + f.pointwise + f.attention
         recompute = redo * forward + core
         backward = f.products_back + 1.6 * f.pointwise + attention_back + recompute
-        traffic, traffic_back = f.tensor + f.context, f.tensor * (1 + redo) + f.context * (2 + redo)
+        routed = f.tensor + f.exchange
+        traffic, traffic_back = routed + f.context, routed * (1 + redo) + f.context * (2 + redo)
         self.gather, self.reduce = _sharding(c, k)
         busy = np.maximum(forward + traffic, f.host)
         busy_back = np.maximum(backward + traffic_back, f.host * (1.3 + redo))
@@ -111,6 +113,7 @@ class _Block:
             "recompute": recompute,
             "tensor": f.tensor * (2 + redo),
             "context": f.context * (3 + redo),
+            "experts": f.exchange * (2 + redo),
             "sharding": wait,
         }
 
@@ -123,18 +126,15 @@ class _Forward:
         tokens = c.b * c.s / c.cp
         head_dim = c.h / c.a
         kv = c.kv * head_dim
-        shapes = (
-            (c.h, (c.h + 2 * kv) / c.tp, 1.0),
-            (c.h / c.tp, c.h, 1.0),
-            (c.h, (1 + c.gated) * c.f / c.tp, 1.0),
-            (c.f / c.tp, c.h, 1.0),
-        )
         low = c.low > 0
-        self.products = sum(self._matmul(tokens, width, inner, low) for inner, width, _ in shapes)
-        self.products_back = sum(
-            self._matmul(tokens, inner, width, low) + self._matmul(inner, width, tokens, low)
-            for inner, width, _ in shapes
-        )
+        shapes = [(c.h, (c.h + 2 * kv) / c.tp), (c.h / c.tp, c.h)]
+        width = np.maximum(1.0, c.f) / c.tp
+        wide = [(c.h, (1 + c.gated) * width), (width, c.h)]
+        forward, backward = self._products(tokens, shapes, low)
+        dense, dense_back = self._products(tokens, wide, low)
+        routed, routed_back = self._experts(tokens, low)
+        self.products = forward + np.where(c.f > 0, dense, 0.0) + routed
+        self.products_back = backward + np.where(c.f > 0, dense_back, 0.0) + routed_back
         vocab = np.ceil(c.V / c.tp / 128) * 128
         no = np.zeros_like(low)
         head = (
@@ -151,8 +151,33 @@ class _Forward:
         one = collectives.reduce_all(2 * tokens * c.h, nodes, shared, c.link * k.link, c.net * k.network, k.hop)
         self.tensor = 2 * one * np.where(c.tp_overlap > 0, 1 - k.hidden, 1.0)
         self.context = self._context(tokens, kv)
+        self.exchange = self._exchange(tokens)
         factor = np.array([1.0, 0.7, 1.0, 0.15, 0.5])[c.stack.astype(int)]
         self.host = k.host * factor * np.where(c.tp > 1, 1.3, 1.0)
+
+    def _products(self, rows: Array, shapes: Sequence[tuple[Array, Array]], low: Array) -> tuple[Array, Array]:
+        """Seconds of products with matrices (inner, width), and of the two that backward does for each."""
+        forward = sum((self._matmul(rows, width, inner, low) for inner, width in shapes), np.zeros_like(rows))
+        backward = sum(
+            (self._matmul(rows, inner, width, low) + self._matmul(inner, width, rows, low) for inner, width in shapes),
+            np.zeros_like(rows),
+        )
+        return forward, backward
+
+    def _experts(self, tokens: Array, low: Array) -> tuple[Array, Array]:
+        """Products of a rank's experts, each with its even share of the tokens of all ep ranks."""
+        c = self.c
+        rows = np.maximum(1.0, tokens * c.act * c.ep / np.maximum(1.0, c.E))
+        width = np.maximum(1.0, c.fe) / c.tp
+        forward, backward = self._products(rows, [(c.h, (1 + c.gated) * width), (width, c.h)], low)
+        return forward * c.E / c.ep, backward * c.E / c.ep
+
+    def _exchange(self, tokens: Array) -> Array:
+        """Tokens to their experts and back."""
+        c, k = self.c, self.k
+        inside = np.clip(c.domain / c.tp, 1, c.ep)
+        size = 2 * tokens * c.act * c.h / c.tp
+        return 2 * collectives.exchange(size, c.ep, inside, c.link * k.link, c.net * k.network, k.hop)
 
     def _matmul(self, rows: Array, width: Array, inner: Array, low: Array) -> Array:
         """Seconds of a product (rows, inner) x (inner, width)."""
@@ -186,8 +211,8 @@ class _Forward:
         c, k = self.c, self.k
         stack = np.array([k.eager, k.compiled, k.megatron, k.jax, k.megatron])[c.stack.astype(int)]
         wide = 2 * 10 * c.h / np.where(c.sp > 0, c.tp, 1)
-        narrow = 2 * ((2 + c.gated) * c.f + 4 * c.h) / c.tp
-        casts = np.where(c.low > 0, 3 * (2 * c.h + 2 * c.f) / c.tp, 0)
+        narrow = 2 * ((2 + c.gated) * (c.f + c.act * c.fe) + 4 * c.h) / c.tp
+        casts = np.where(c.low > 0, 3 * (2 * c.h + 2 * (c.f + c.act * c.fe)) / c.tp, 0)
         return tokens * ((wide + narrow) * stack + casts) / rate
 
     def _context(self, tokens: Array, kv: Array) -> Array:

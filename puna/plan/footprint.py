@@ -55,8 +55,8 @@ def stage_layers(c: Columns) -> np.ndarray:
 
 
 def block_parameters(c: Columns) -> np.ndarray:
-    """Elements of the matrices of one block."""
-    return 2 * c.h**2 * (1 + c.kv / c.a) + (2 + c.gated) * c.h * c.f
+    """Elements of the matrices of one block; of its experts, those of one of the ep ranks."""
+    return 2 * c.h**2 * (1 + c.kv / c.a) + (2 + c.gated) * c.h * (c.f + c.E * c.fe / c.ep)
 
 
 def _activations(c: Columns, layers: np.ndarray, inner: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ def kept_bytes(c: Columns) -> tuple[np.ndarray, np.ndarray]:
     tokens = c.b * c.s / c.cp
     word = np.where(c.full_precision > 0, 4.0, 2.0)
     pairs = np.where((c.low > 0) & (c.stack > 1), 1.0, word)
-    ffn = (2 + c.gated) * pairs * c.f
+    ffn = (2 + c.gated) * pairs * (c.f + c.act * c.fe)
     qkv = word * c.h * (1 + 2 * c.kv / c.a) + word * c.h
     norms = c.h * (2 * word + 2 * pairs + np.where(c.stack == 0, 8.0, 0.0))
     dropout = np.where(c.flash > 0, 0.0, 2.0) * c.h

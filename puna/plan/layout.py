@@ -25,7 +25,7 @@ PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4")
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the mesh and how the work is cut.
+    """Sizes of the mesh and how the work is cut; experts are spread over `ep` of the dp x cp ranks.
 
     shard_group: ranks that share one copy of what is sharded; 0: all of dp x cp (a node's under hsdp). recompute
     "selective": attention's core under megatron, jax and oneflow, half of a block under pytorch. recompute_share: of
@@ -40,6 +40,7 @@ class Layout:
     pp: int = 1
     vp: int = 1
     cp: int = 1
+    ep: int = 1
     micro_batch: int = 1
     seq_len: int = 4096
     sharding: Sharding = "zero1"
@@ -57,7 +58,7 @@ class Layout:
 
     def check(self, model: Transformer, cluster: Cluster) -> None:
         """Raise PlanError where sizes do not divide what they cut."""
-        sizes = ("dp", "tp", "pp", "vp", "cp", "micro_batch", "seq_len", "global_batch")
+        sizes = ("dp", "tp", "pp", "vp", "cp", "ep", "micro_batch", "seq_len", "global_batch")
         for key in sizes:
             if getattr(self, key) < 1:
                 raise PlanError(f"{key} is {getattr(self, key)}", "Give a whole number of at least 1.")
@@ -68,6 +69,8 @@ class Layout:
             )
         _divides("tp", self.tp, "heads", model.heads)
         _divides("cp", self.cp, "seq_len", self.seq_len)
+        _divides("ep", self.ep, "experts", max(1, model.experts))
+        _divides("ep", self.ep, "dp x cp", self.dp * self.cp)
         _divides("dp x micro_batch", self.dp * self.micro_batch, "global_batch", self.global_batch)
         if self.pp * self.vp > model.layers + 2:
             raise PlanError(
@@ -114,6 +117,7 @@ def _numbers(case: Case) -> dict[str, float]:
     dense = {
         "L": model.layers, "h": model.hidden, "f": model.ffn, "a": model.heads, "kv": model.kv_heads,
         "V": model.vocab, "gated": model.gated, "tied": model.tied,
+        "E": model.experts, "act": model.active, "fe": model.expert_ffn,
     }  # fmt: skip
     wide = layout.precision if layout.precision in ("fp16", "fp32") else "bf16"
     device = {
@@ -122,7 +126,7 @@ def _numbers(case: Case) -> dict[str, float]:
         "node": min(cluster.gpus_per_node, cluster.gpus), "domain": cluster.domain, "sm": gpu.processors,
         "throttle": gpu.throttle, "capacity": gpu.memory * 1e9, "power": gpu.power, "n": cluster.gpus,
     }  # fmt: skip
-    cut = {key: getattr(layout, key) for key in ("dp", "tp", "pp", "vp", "cp", "reduce_bytes")}
+    cut = {key: getattr(layout, key) for key in ("dp", "tp", "pp", "vp", "cp", "ep", "reduce_bytes")}
     cut |= {
         "b": layout.micro_batch, "B": layout.global_batch, "s": layout.seq_len,
         "zero": (0, 1, 2, 3, 3)[SHARDINGS.index(layout.sharding)], "shard": _shard(layout, cluster),

@@ -21,7 +21,14 @@ from puna.plan.workload import PlanError, Transformer
 
 KEY = ("layers", "hidden", "seq_len", "gpus", "tp", "pp", "global_batch_seqs")
 GATED_FAMILIES = re.compile(r"llama|mistral|mixtral|qwen|yi-|internlm|olmo|gemma|deepseek", re.I)
-VOCABULARIES = ((r"llama-?3", 128256), (r"llama|yi-", 32000), (r"qwen", 151936), (r"nemotron-?4|nemotron", 256000))
+VOCABULARIES = (
+    (r"llama[-_ ]?3", 128256),
+    (r"llama|mistral|mixtral", 32000),
+    (r"yi-", 64000),
+    (r"gemma", 256000),
+    (r"qwen", 151936),
+    (r"nemotron-?4|nemotron", 256000),
+)
 USABLE_MEMORY = 0.95
 FAMILIES = (
     "GB300",

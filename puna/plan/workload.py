@@ -12,7 +12,11 @@ class PlanError(UserError):
 
 @dataclass(frozen=True)
 class Transformer:
-    """A dense decoder. gated: the feed-forward has three matrices (SwiGLU), else two; tied: one embedding table."""
+    """A decoder. gated: the feed-forward has three matrices (SwiGLU), else two; tied: one embedding table.
+
+    A mixture has `experts` feed-forwards of width `expert_ffn`, of which each token takes `active`, beside the one of
+    width `ffn` that all tokens take (0: none).
+    """
 
     layers: int
     hidden: int
@@ -23,11 +27,21 @@ class Transformer:
     gated: bool = True
     tied: bool = False
     name: str = ""
+    experts: int = 0
+    active: int = 0
+    expert_ffn: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("layers", "hidden", "ffn", "heads", "kv_heads", "vocab"):
+        for key in ("layers", "hidden", "heads", "kv_heads", "vocab"):
             if getattr(self, key) < 1:
                 raise PlanError(f"{key} is {getattr(self, key)}", "Give a whole number of at least 1.")
+        if self.ffn < 0 or self.ffn + self.experts < 1:
+            raise PlanError(f"ffn is {self.ffn}", "Give a whole number of at least 1, or experts.")
+        if not 0 <= self.active <= self.experts or (self.experts > 0) != (self.expert_ffn > 0):
+            raise PlanError(
+                f"{self.experts} experts of width {self.expert_ffn}, {self.active} of them active",
+                "Give experts, their width, and no more active ones than there are.",
+            )
         if self.heads % self.kv_heads:
             raise PlanError(
                 f"{self.heads} heads do not divide among {self.kv_heads} key-value heads",
@@ -41,9 +55,17 @@ class Transformer:
 
     @property
     def block_matrices(self) -> float:
-        """Elements of the matrices of one block: 2 h^2 + 2 h^2 kv / a + (3 or 2) h f."""
+        """Elements of the matrices of one block: 2 h^2 + 2 h^2 kv / a + (3 or 2) h f, all experts included."""
+        return self._matrices(self.experts)
+
+    @property
+    def active_matrices(self) -> float:
+        """Of those, what one token multiplies."""
+        return self._matrices(self.active)
+
+    def _matrices(self, experts: int) -> float:
         attention = 2 * self.hidden**2 * (1 + self.kv_heads / self.heads)
-        return attention + (3 if self.gated else 2) * self.hidden * self.ffn
+        return attention + (3 if self.gated else 2) * self.hidden * (self.ffn + experts * self.expert_ffn)
 
     @property
     def parameters(self) -> float:
@@ -53,7 +75,7 @@ class Transformer:
 
     def flops_per_token(self, seq_len: int, causal: bool = True) -> float:
         """Model operations of forward and backward of one token, nothing recomputed."""
-        matrices = self.layers * self.block_matrices + self.vocab * self.hidden
+        matrices = self.layers * self.active_matrices + self.vocab * self.hidden
         return 6.0 * matrices + 12.0 * self.layers * seq_len * self.hidden * (0.5 if causal else 1.0)
 
 
@@ -79,6 +101,7 @@ MODELS = {
         _llama("llama3.1-8b", 32, 4096, 14336, 32, 8, 128256),
         _llama("llama3.1-70b", 80, 8192, 28672, 64, 8, 128256),
         _llama("llama3.1-405b", 126, 16384, 53248, 128, 8, 128256),
+        Transformer(32, 4096, 0, 32, 8, 32000, name="mixtral-8x7b", experts=8, active=2, expert_ffn=14336),
         _llama("llama3.2-1b", 16, 2048, 8192, 32, 8, 128256, tied=True),
         _llama("llama3.2-3b", 28, 3072, 8192, 24, 8, 128256, tied=True),
         _gpt("gpt-125m", 12, 768, 12),

@@ -6,7 +6,9 @@ import pytest
 
 from puna.plan import dlrm, graph, hardware, serving, workload
 from puna.plan.constants import load
+from puna.plan.describe import describe
 from puna.plan.dlrm import Codec, Dlrm
+from puna.plan.layout import Case, Layout
 from puna.plan.workload import PlanError, Transformer
 
 TERABYTE = Dlrm(
@@ -59,6 +61,34 @@ def test_the_parts_of_a_recommendation_step_add_up_and_a_codec_shrinks_one() -> 
     assert packed["backward exchange"] == plain["backward exchange"]
     assert packed["seconds"] < plain["seconds"]
     assert TERABYTE.table_bytes / 2**30 == pytest.approx(11.7, abs=0.1)
+
+
+def test_a_mixture_computes_what_is_active_and_holds_everything() -> None:
+    model = workload.find("mixtral-8x7b")
+    assert model.parameters == pytest.approx(46.7e9, rel=0.01)
+    assert model.flops_per_token(1) / 6 == pytest.approx(12.8e9, rel=0.02)
+    cluster = hardware.cluster("h100-sxm", 64)
+    layout = Layout(global_batch=256, dp=64, micro_batch=2, ep=8, seq_len=4096)
+    told = describe(Case(model, cluster, layout), load())
+    dense = Transformer(32, 4096, 2 * 14336, 32, 8, 32000)
+    like = describe(Case(dense, cluster, replace(layout, ep=1)), load())
+    assert told["parts"]["experts"] > 0 == like["parts"]["experts"]
+    assert 1.0 < told["parts"]["products"] / like["parts"]["products"] < 1.5
+    alone = describe(Case(model, cluster, replace(layout, ep=1)), load())
+    assert alone["memory_gb"]["parameters"] > 4 * told["memory_gb"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"active": 9}, "9 of them active"),
+        ({"expert_ffn": 0}, "of width 0"),
+        ({"experts": 0, "active": 0, "expert_ffn": 0}, "ffn is 0"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        replace(workload.find("mixtral-8x7b"), **changes)
 
 
 def test_decoding_reads_weights_and_the_cache() -> None:
