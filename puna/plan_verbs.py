@@ -113,9 +113,9 @@ def search(
 @plan.command()
 @click.option("--model", required=True, help="A model by name, such as llama2-7b.")
 @click.option("--gpu", required=True, help="Accelerator or cluster; see `puna plan hardware`.")
-@click.option("--gpus", "sizes", default="8,32,128,512,2048", show_default=True, help="Numbers of devices.")
+@click.option("--gpus", "sizes", default="8,32,128,256,512,1024,2048", show_default=True, help="Numbers of devices.")
 @click.option("--batch", type=click.IntRange(1), help="Sequences of the batch of strong scaling.")
-@click.option("--out", type=click.Path(path_type=Path), help="HTML page to write.")
+@click.option("--out", type=click.Path(path_type=Path), help="Page or picture to write: .html or .png.")
 @as_json
 def sweep(model: str, gpu: str, sizes: str, batch: int | None, out: Path | None, as_json: bool) -> None:
     """Weak and strong scaling, exposed communication, tokens a joule and the best layout by number of devices.
@@ -132,7 +132,7 @@ def sweep(model: str, gpu: str, sizes: str, batch: int | None, out: Path | None,
     base = job.usual_layout(shape, hardware.cluster(gpu, max(counts)), None, None)
     found = scaling.sweep(shape, gpu, counts, base, load(), batch)
     if out:
-        scaling.write(scaling.page(shape, gpu, found), out)
+        scaling.write(shape, gpu, found, out)
     if as_json:
         click.echo(json.dumps(found))
         return

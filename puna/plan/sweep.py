@@ -1,4 +1,4 @@
-"""The study's pictures for any model and accelerator: figures by number of devices, as JSON and as an HTML page."""
+"""The study's pictures for any model and accelerator: figures by number of devices, as JSON, HTML and PNG."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.chart import log_ticks, short, ticks
-from puna.plan import hardware
+from puna.plan import hardware, png
 from puna.plan.constants import Fitted
 from puna.plan.describe import describe
 from puna.plan.layout import Case, Layout
@@ -18,6 +18,12 @@ from puna.plan.workload import PlanError, Transformer
 SEQUENCES = 2
 """Sequences of a device under weak scaling."""
 WIDTH, HEIGHT, EDGE = 640, 300, 56
+PICTURES = (
+    ("Tokens/s of one device", "tokens_per_s_per_gpu"),
+    ("Model FLOPs utilisation", "mfu"),
+    ("Exposed share of communication", "exposed"),
+    ("Tokens a joule", "tokens_per_joule"),
+)
 COLOURS = ("#2563b8", "#bf5413", "#2b7f55")
 
 
@@ -52,13 +58,7 @@ def _row(figures: dict[str, Any]) -> dict[str, Any]:
 
 def page(model: Transformer, gpu: str, found: dict[str, list[dict[str, Any]]]) -> str:
     """The pictures and the best layouts as one HTML page without script."""
-    pictures = (
-        ("Tokens/s of one device", "tokens_per_s_per_gpu"),
-        ("Model FLOPs utilisation", "mfu"),
-        ("Exposed share of communication", "exposed"),
-        ("Tokens a joule", "tokens_per_joule"),
-    )
-    figures = "".join(f"<h2>{title}</h2>{_picture(found, key)}" for title, key in pictures)
+    figures = "".join(f"<h2>{title}</h2>{_picture(found, key)}" for title, key in PICTURES)
     head = ("gpus", "tp", "pp", "cp", "dp", "micro_batch", "sharding", "recompute", "mfu")
     cells = [
         [short(row[k]) if isinstance(row[k], float) else escape(str(row[k])) for k in head] for row in found["best"]
@@ -75,7 +75,7 @@ def page(model: Transformer, gpu: str, found: dict[str, list[dict[str, Any]]]) -
 
 
 def _picture(found: dict[str, list[dict[str, Any]]], key: str) -> str:
-    lines = {name: [(row["gpus"], row[key]) for row in rows if row[key]] for name, rows in found.items() if rows}
+    lines = _lines(found, key)
     points = [point for line in lines.values() for point in line]
     if not points:
         return "<p>nothing to draw</p>"
@@ -101,7 +101,14 @@ def _picture(found: dict[str, list[dict[str, Any]]], key: str) -> str:
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" role="img">{"".join(parts)}</svg>'
 
 
-def write(text: str, path: Path) -> None:
-    """Write the page."""
+def _lines(found: dict[str, list[dict[str, Any]]], key: str) -> dict[str, list[tuple[float, float]]]:
+    return {name: [(row["gpus"], row[key]) for row in rows if row[key]] for name, rows in found.items() if rows}
+
+
+def write(model: Transformer, gpu: str, found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Write the pictures: as PNG where the name ends in .png, else as an HTML page."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    if path.suffix == ".png":
+        path.write_bytes(png.charts([(title, _lines(found, key)) for title, key in PICTURES]))
+    else:
+        path.write_text(page(model, gpu, found), encoding="utf-8")

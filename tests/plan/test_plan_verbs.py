@@ -1,8 +1,10 @@
 """`puna plan` from the command line."""
 
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,15 @@ def test_sweep_draws_the_pictures(tmp_path: Path) -> None:
     assert [row["gpus"] for row in figures["weak"]] == [8, 64, 512]
     assert len(figures["strong"]) == len(figures["best"]) == 3
     assert out.read_text(encoding="utf-8").count("<svg") == 4
+    picture = tmp_path / "scaling.png"
+    assert run(*words, "--out", str(picture)).exit_code == 0
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    assert (width, height) == (640, 4 * 320)
+    rows = zlib.decompress(data[41:-16])
+    assert len(rows) == height * (1 + 3 * width)
+    assert len(set(rows)) > 5
 
 
 def test_hardware_lists_everything_with_sources() -> None:
