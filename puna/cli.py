@@ -16,10 +16,11 @@ from puna.errors import PunaError
 from puna.plan_verbs import plan
 
 EXTRAS = {
-    "data": ("tokenizers",),
+    "data": ("tokenizers", "trafilatura", "pyarrow", "backports"),
     "train": ("torch", "safetensors", "tiktoken", "sentencepiece", "tensorboard"),
     "serve": ("fastapi", "uvicorn"),
     "demo": ("transformers", "openai"),
+    "ray": ("ray",),
 }
 
 as_json = click.option(
@@ -116,6 +117,33 @@ def demo(minutes: float, directory: Path, as_json: bool) -> None:
     _print(main(directory, minutes), as_json)
 
 
+@puna.command()
+@click.option(
+    "--write",
+    is_flag=False,
+    flag_value="",
+    default=None,
+    metavar="[FILE]",
+    help="Keep the figures for the planner; in ~/.config/puna/hardware/this-machine.toml where no file is named.",
+)
+@as_json
+def doctor(write: str | None, as_json: bool) -> int:
+    """What this machine is, how fast, and what ails it.
+
+    Measures matrices, memory, disk and the exchange between two processes, in some 20 seconds; names what is slow or
+    missing and the command that mends it. The exit code is 0 unless something cannot work: then it is 1.
+
+    \b
+    Example:  puna doctor --write
+    """
+    from puna.doctor.examine import examine, text
+    from puna.train.hardware import default_path
+
+    report = examine(None if write is None else Path(write) if write else default_path())
+    click.echo(json.dumps(report) if as_json else text(report))
+    return 0 if report["healthy"] else 1
+
+
 # --- corpus ---------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +159,11 @@ def corpus() -> None:
 
 
 @corpus.command("build")
-@click.option("--source", required=True, help="A file or folder of text, or `stdlib`: this Python's own library.")
+@click.option(
+    "--source",
+    required=True,
+    help="A file or folder of text, code, JSON lines, parquet, HTML or WARC, or `stdlib`: this Python's own library.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--heldout", default=0.05, show_default=True, help="Share of the bytes kept for evaluation.")
 @click.option(
@@ -211,6 +243,136 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
         _print(figures, as_json)
 
 
+@puna.command(context_settings=RECIPE_ARGUMENTS)
+@click.argument("run", type=click.Path(path_type=Path))
+@settings
+@click.option("--explain", is_flag=True, help="Say what would be restored, resharded, reset and redone; train nothing.")
+@as_json
+def resume(run: Path, overrides: tuple[str, ...], explain: bool, as_json: bool) -> None:
+    """Go on with a run, by its own recipe.
+
+    RUN is a run directory, wherever it lies now. The exit code is 4 where the steps that were asked for are not done.
+
+    \b
+    Example:  puna resume runs/mine --explain --run.num_processes 4
+    """
+    from puna import resume as verb
+    from puna.train.explain import lines
+
+    figures = verb.explain(run, overrides) if explain else verb.resume(run, overrides)
+    if explain and not as_json:
+        click.echo("\n".join(lines(figures)))
+    elif figures:
+        _print(figures, as_json)
+
+
+@puna.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--step", type=int, help="Only the checkpoint of that step.")
+@as_json
+def verify(run: Path, step: int | None, as_json: bool) -> int:
+    """Read every file of a run's checkpoints and compare hashes.
+
+    Says of each checkpoint that it is ok, or which file is damaged; the exit code is then 2.
+
+    \b
+    Example:  puna verify runs/mine --json
+    """
+    from puna.train.verify import lines, verify_run
+
+    figures = verify_run(run, step)
+    click.echo(json.dumps(figures) if as_json else "\n".join(lines(figures)))
+    return 0 if figures["ok"] else 2
+
+
+@puna.command(context_settings=RECIPE_ARGUMENTS)
+@recipe_name
+@settings
+@as_json
+def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Say what a run would be, and refuse what would go wrong, before it starts.
+
+    Paths, tokenizer and chat template, shapes, batches, memory of a rank, the share of tokens that train, and three
+    decoded samples. `puna train` does the cheap part of it by itself.
+
+    \b
+    Example:  puna check demo --data.path shards
+    """
+    from puna.recipe import load
+
+    loaded = load(recipe, overrides)  # before the slow import: a mistake is told at once
+    from rich.console import Console
+
+    from puna.check import check, show
+
+    found = check(loaded)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        show(found, Console(highlight=False))
+
+
+@puna.command(context_settings=RECIPE_ARGUMENTS)
+@recipe_name
+@settings
+@click.option(
+    "--on",
+    default="torchrun",
+    show_default=True,
+    type=click.Choice(["torchrun", "slurm", "ray"]),
+    help="What starts the ranks.",
+)
+@click.option("--nodes", default=1, show_default=True, type=click.IntRange(1), help="Machines.")
+@click.option("--endpoint", default="", metavar="HOST:PORT", help="torchrun: where the machines meet.")
+@click.option("--address", default="local", show_default=True, help="ray: a running cluster; local: only this machine.")
+@click.option("--gpus", default=0, show_default=True, type=click.IntRange(0), help="slurm: GPUs of a node.")
+@click.option("--time", default="", metavar="HH:MM:SS", help="slurm: longest time of the job.")
+@click.option("--account", default="", help="slurm: who pays.")
+@click.option("--partition", default="", help="slurm: which part of the cluster.")
+@click.option("--container", default="", metavar="IMAGE", help="slurm: image to run in (pyxis).")
+@click.option("--dry-run", is_flag=True, help="Print the launch line of each node and write nothing.")
+@as_json
+def launch(
+    recipe: str,
+    overrides: tuple[str, ...],
+    on: str,
+    nodes: int,
+    endpoint: str,
+    address: str,
+    gpus: int,
+    time: str,
+    account: str,
+    partition: str,
+    container: str,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train on several machines: by torchrun, Slurm or Ray.
+
+    torchrun runs here, and the same command on the other machines joins it. slurm writes RUN/launch/train.sbatch. ray
+    trains on actors of a cluster. All read the same folder of token shards and write the same run directory.
+
+    \b
+    Example:  puna launch llama3-8b --on slurm --nodes 4 --gpus 8 --run.num_processes 8 --time 24:00:00
+              puna launch demo --nodes 2 --endpoint node1:29400 --dry-run
+    """
+    from puna import launch as launcher
+    from puna.recipe import load
+    from puna.train.slurm import Job
+
+    loaded = load(recipe, overrides)
+    if on == "slurm":
+        figures = launcher.by_slurm(loaded, Job(nodes, gpus, time, account, partition, container), dry_run)
+    elif on == "ray":
+        figures = launcher.by_ray(loaded, nodes, address, dry_run)
+    else:
+        figures = launcher.by_torchrun(loaded, nodes, endpoint, dry_run)
+    lines = figures.pop("lines", []) if not as_json else []
+    _print(figures, as_json)
+    for line in lines:
+        click.echo(line)
+
+
 @puna.command("eval")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="Token shards; the run's own where it has any.")
@@ -231,9 +393,45 @@ def evaluate(path: Path, data: Path | None, step: int | None, baselines: bool, a
 
 
 @puna.command()
+@click.argument("ckpt", type=click.Path(path_type=Path))
+@click.option("--prompts", type=click.Path(path_type=Path), help="Texts: one a line, or JSON strings in a .jsonl file.")
+@click.option("--step", type=int, help="Checkpoint of that step; the newest where not given.")
+@click.option(
+    "--dtype",
+    default="fp32",
+    show_default=True,
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    help="Of the weights and the work; the tolerance goes with it.",
+)
+@as_json
+def parity(ckpt: Path, prompts: Path | None, step: int | None, dtype: str, as_json: bool) -> int:
+    """Hold training, decoding and transformers against one another.
+
+    CKPT is a run directory, a Hugging Face folder or a Meta folder. Compared are token ids, the log-probability of
+    every token, and greedy continuations. The exit code is 0 if all agree and 1 if not.
+
+    \b
+    Example:  puna parity runs/mine --json
+    """
+    from puna.evals.parity import parity
+
+    figures = parity(ckpt, prompts, dtype, step)
+    _print(figures, as_json)
+    return 0 if figures["passed"] else 1
+
+
+@puna.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "form", default="hf", show_default=True, type=click.Choice(["hf"]), help="hf: Hugging Face folder."
+    "--to",
+    "form",
+    default="hf",
+    show_default=True,
+    type=click.Choice(["hf", "meta"]),
+    help="hf: Hugging Face folder; meta: params.json and consolidated.0N.pth.",
+)
+@click.option(
+    "--parts", default=1, show_default=True, type=click.IntRange(1, 100), help="Tensor-parallel files (meta only)."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option("--step", type=int, help="Checkpoint of that step; the newest where not given.")
@@ -242,12 +440,31 @@ def evaluate(path: Path, data: Path | None, step: int | None, baselines: bool, a
 )
 @click.option("--check", is_flag=True, help="Load the folder in transformers and compare logits and continuations.")
 @as_json
-def export(run: Path, form: str, out: Path, step: int | None, dtype: str | None, check: bool, as_json: bool) -> None:
+def export(
+    run: Path,
+    form: str,
+    parts: int,
+    out: Path,
+    step: int | None,
+    dtype: str | None,
+    check: bool,
+    as_json: bool,
+) -> None:
     """Write a checkpoint as a folder that other libraries load.
+
+    RUN is a run directory, or a Hugging Face or Meta folder to be written in another form.
 
     \b
     Example:  puna export runs/mine --to hf --out mine-hf --dtype bf16
+              puna export runs/mine --to meta --parts 8 --out mine-meta
     """
+    if form == "meta":
+        if check:
+            raise click.UsageError("--check is for --to hf; check a Meta folder with: puna parity OUT")
+        from puna.llama.hub import export_meta
+
+        _print(export_meta(run, out, step, dtype, parts), as_json)
+        return
     from puna.run import export
 
     _print(export(run, out, step, dtype, check), as_json)
@@ -278,7 +495,22 @@ def report(run: Path) -> None:
 )
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535))
 @click.option("--name", help="Name of the model in /v1/models; the folder's where not given.")
-def serve(path: Path, host: str, port: int, name: str | None) -> None:
+@click.option(
+    "--allow-mismatch",
+    is_flag=True,
+    help="Serve also where tokenizer, chat template or dtype are not those that the checkpoint was made with.",
+)
+@click.option("--trim", is_flag=True, help="Write chats as Hugging Face's templates do, without space around messages.")
+@click.option(
+    "--tool-dialect",
+    default="json",
+    show_default=True,
+    type=click.Choice(["json", "function_tag", "python_list"]),
+    help="How calls of functions are written in chats.",
+)
+def serve(
+    path: Path, host: str, port: int, name: str | None, allow_mismatch: bool, trim: bool, tool_dialect: Any
+) -> None:
     """Answer over HTTP, OpenAI-compatible.
 
     Serves a run directory or a Hugging Face folder, with a chat page at /.
@@ -286,9 +518,10 @@ def serve(path: Path, host: str, port: int, name: str | None) -> None:
     \b
     Example:  puna serve runs/mine --port 8000
     """
+    from puna.llama.dialog import Style
     from puna.serve.api.server import serve
 
-    serve(path, host, port, name)
+    serve(path, host, port, name, allow_mismatch, Style(tool_dialect, trim))
 
 
 @puna.command()
@@ -314,12 +547,61 @@ def generate(path: Path, prompt: str, max_tokens: int, temperature: float, top_p
     click.echo()
 
 
+# --- instruments ----------------------------------------------------------------------------------------------------
+
+
+@puna.group()
+def lab() -> None:
+    """Instruments: what is claimed, counted on this machine.
+
+    \b
+    Example:  puna lab fsdp --processes 2
+    """
+
+
+@lab.command("fsdp")
+@click.option(
+    "--processes",
+    multiple=True,
+    default=(2, 4),
+    show_default=True,
+    type=click.IntRange(2),
+    help="Local processes; may be given several times.",
+)
+@click.option("--steps", default=5, show_default=True, type=click.IntRange(1), help="Steps to time in each case.")
+@click.option("--simulate", is_flag=True, help="Simulate prefetch and the rate limiter instead; needs no torch.")
+@as_json
+def lab_fsdp(processes: tuple[int, ...], steps: int, simulate: bool, as_json: bool) -> None:
+    """FSDP's collectives, bytes and memory, beside the formulas.
+
+    Trains a small Llama under every sharding strategy on local processes, in about a minute.
+
+    \b
+    Example:  puna lab fsdp --processes 2 --json
+              puna lab fsdp --simulate
+    """
+    from puna.lab import show
+
+    if simulate:
+        from puna.lab.overlap import overlap
+
+        result, print_tables = overlap(), show.simulated
+    else:
+        from puna.lab.fsdp import count
+
+        result, print_tables = count(processes, steps), show.counted
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        print_tables(result)
+
+
 # --- recipes --------------------------------------------------------------------------------------------------------
 
 
 @puna.group()
 def recipe() -> None:
-    """Recipes: list, show, schema, reference.
+    """Recipes: list, show, init, diff, schema, reference.
 
     \b
     Example:  puna recipe show llama3-8b --train.lr 1e-4
@@ -361,6 +643,48 @@ def recipe_show(recipe: str, overrides: tuple[str, ...], help_text: bool, toml: 
         click.echo(json.dumps(show(loaded)))
     else:
         click.echo(table(loaded, help_text), nl=False)
+
+
+@recipe.command("init")
+@click.argument("name", default="demo")
+@click.option(
+    "--out",
+    default="mine.toml",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="File to write; must not exist.",
+)
+def recipe_init(name: str, out: Path) -> None:
+    """Write a recipe of your own to edit.
+
+    It begins from the shipped recipe NAME (demo where not given) and holds what is usually changed, with what each
+    key means.
+
+    \b
+    Example:  puna recipe init tiny --out mine.toml
+    """
+    from puna.recipe import write_starter
+
+    write_starter(name, out)
+    click.echo(out)
+
+
+@recipe.command("diff")
+@click.argument("a")
+@click.argument("b")
+@as_json
+def recipe_diff(a: str, b: str, as_json: bool) -> None:
+    """The keys whose values differ, with both values and the layers that set them.
+
+    A and B are names, TOML files or run directories.
+
+    \b
+    Example:  puna recipe diff llama3-8b llama3.1-8b
+    """
+    from puna.recipe import diff, diff_table, load
+
+    records = diff(load(a), load(b))
+    click.echo(json.dumps(records) if as_json else diff_table(a, b, records), nl=as_json)
 
 
 @recipe.command("schema")

@@ -6,11 +6,15 @@ PunaError (1)
 │   ├── DataError         a file, a corpus, token shards
 │   ├── TokenizerError    a tokenizer file
 │   ├── CheckpointError   a checkpoint or a Hugging Face folder
+│   │   └── DiskFull      no room for a checkpoint
+│   ├── ShardingError     a model or optimiser that cannot be sharded as it is
 │   └── DeviceError       a device, a port, a machine
 ├── RunLocked (3)         another process holds the run directory
 ├── Unfinished (4)        the run stopped before the steps that were asked for
 ├── NonFinite (5)         a loss or gradient was not finite; no weight was changed
-└── RankFailed (6)        a worker process died
+├── RankFailed (6)        a worker process died
+├── Hung (7)              a rank stopped, or waits for what never comes; RUN/hang.txt says which
+└── RanksDiffer (8)       the ranks do not run the same thing; RUN/hang.txt says which and in what
 """
 
 
@@ -46,6 +50,14 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete or of another shape."""
 
 
+class DiskFull(CheckpointError):
+    """A checkpoint for which the disk has no room; the ones that are there are as they were."""
+
+
+class ShardingError(UserError):
+    """A parameter of two FSDP units, or an optimiser made before sharding."""
+
+
 class DeviceError(UserError):
     """A device, port or machine that is not there or not free."""
 
@@ -72,3 +84,15 @@ class RankFailed(PunaError):
     """A worker process died; the others were stopped."""
 
     exit_code = 6
+
+
+class Hung(PunaError):
+    """A rank stopped, or waits for what never comes; the run was ended and a page names it."""
+
+    exit_code = 7
+
+
+class RanksDiffer(PunaError):
+    """The ranks have other recipes, code, data or weights than each other; the run was ended before it went wrong."""
+
+    exit_code = 8

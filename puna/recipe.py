@@ -6,7 +6,9 @@ The word `none` unsets an optional setting, in a file and on the command line al
 
 import difflib
 import json
+import os
 import re
+import textwrap
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +21,65 @@ import tomli_w
 from pydantic import ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from puna import __version__
+from puna.console import err
 from puna.errors import RecipeError
 from puna.llama.config import DataConfig, LlamaConfig
 from puna.train.config import LoopConfig, MeshConfig, ScheduleConfig, TrainConfig, setting
 
 FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """The name that a key has now, and the version of Puna that no longer accepts the old one (two releases on)."""
+
+    key: str
+    gone: str
+
+
+RENAMED: dict[str, Renamed] = {}
+"""Keys by their old dotted names."""
+
+OVERRULES = {"data.path": "data.sources"}
+"""Keys that stand for another: where a layer sets the first, what lower layers set for the second is dropped."""
+
+STARTER = (
+    "run.dir",
+    "run.seed",
+    "run.device",
+    "run.num_processes",
+    "model.num_layers",
+    "model.dim",
+    "model.ffn_dim",
+    "model.num_heads",
+    "model.num_kv_heads",
+    "model.head_dim",
+    "model.vocab_size",
+    "model.max_seq_len",
+    "data.path",
+    "data.sources",
+    "train.tokens",
+    "train.batch_tokens",
+    "train.seq_len",
+    "train.micro_batch",
+    "train.optimizer",
+    "train.lr",
+    "train.muon_lr",
+    "train.dtype",
+    "train.compile",
+    "train.recompute",
+    "schedule.warmup_tokens",
+    "schedule.decay",
+    "schedule.final_ratio",
+    "schedule.batch_stages",
+    "schedule.seq_stages",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.every",
+    "eval.tokens",
+)
+"""What a user changes, by section: the keys of `puna recipe init`."""
 
 
 class Recipe(LoopConfig):
@@ -79,6 +135,14 @@ class Recipe(LoopConfig):
                 f"schedule.warmup_tokens {self.schedule.warmup_tokens} is more than train.tokens {self.train.tokens}; "
                 "the peak learning rate would never be reached: shorten the warm-up or train longer"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _sources_differ(self) -> "Recipe":
+        folders = [Path(folder) for folder, _ in self.data.sources]
+        twice = [str(folder) for folder in folders if folders.count(folder) > 1]
+        if twice:
+            raise ValueError(f"data.sources names {twice[0]} twice; give every folder once, with its whole weight")
         return self
 
     @model_validator(mode="after")
@@ -259,14 +323,50 @@ class Loaded:
 def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     """Read a shipped recipe, a TOML file or a run directory, and lay `--section.key value` overrides over it.
 
-    Raises RecipeError: unknown recipe, unknown key, value of a wrong type or outside its limits, contradiction.
+    Keys by their old names (`RENAMED`) are taken, with a line on stderr. Raises RecipeError: unknown recipe, unknown
+    key, value of a wrong type or outside its limits, contradiction.
     """
     merged: dict[str, tuple[Any, Layer]] = {}
     for layer, table in [*_files(_find(str(name_or_path), Path())), (FLAG, _flags(overrides))]:
-        for key, value in _entries(table, layer):
+        for key, value in _renewed(_entries(table, layer), layer):
             _lay(merged, key, value, layer)
     recipe = _build(merged)
     return Loaded(recipe, _origins(recipe, merged), dump_toml(recipe))
+
+
+def _renewed(entries: Iterator[tuple[str, Any]], layer: Layer) -> Iterator[tuple[str, Any]]:
+    """Keys and values of a layer by the names of today; an old name is told on stderr."""
+    written: dict[str, str] = {}
+    for name, value in entries:
+        key = _current(name)
+        if written.setdefault(key, name) != name:
+            raise RecipeError(f"{layer.name} sets {key} twice, as {written[key]} and as {name}", f"Keep {key} alone.")
+        if key != name:
+            told = f"{layer.place(name)}: {name} is now {key}; Puna {RENAMED[name].gone} will not know {name}"
+            err.print(told, markup=False, soft_wrap=True)
+        yield key, value
+
+
+def _current(name: str) -> str:
+    """The key that a name means: itself, or what it was renamed to where the old name is still accepted."""
+    renamed = RENAMED.get(name)
+    return renamed.key if renamed and _release(__version__) < _release(renamed.gone) else name
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:3]))
+
+
+def _refuse_long(key: str, value: Any, layer: Layer) -> None:
+    """Raise RecipeError where a whole number has more than TOML's 64 bits."""
+    if isinstance(value, list):
+        for inner in value:
+            _refuse_long(key, inner, layer)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise RecipeError(
+            f"{key} ({layer.place(key)}) is a number of {value.bit_length()} bits",
+            "Whole numbers have at most 64 bits.",
+        )
 
 
 def names() -> list[str]:
@@ -281,10 +381,10 @@ def _find(name: str, beside: Path) -> Path:
     if name in names():
         return FOLDER / f"{name}.toml"
     path = beside / name
-    if path.is_dir() and (path / "recipe.toml").is_file():
+    if os.path.isfile(path / "recipe.toml"):
         return path / "recipe.toml"
     if path.suffix == ".toml" or "/" in name:
-        if path.is_file():
+        if os.path.isfile(path):
             return path
         raise RecipeError(f"no recipe at {path}", f"Give the path of a TOML file, or a name: {', '.join(names())}")
     close = difflib.get_close_matches(name, names(), n=len(names()), cutoff=0.0)
@@ -293,20 +393,25 @@ def _find(name: str, beside: Path) -> Path:
 
 def _files(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Layer, dict[str, Any]]]:
     """The recipe at `path` and what it extends, the farthest base first."""
-    if path in seen:
-        chain = " -> ".join(str(step) for step in (*seen, path))
+    if (resolved := path.resolve()) in seen:
+        chain = " -> ".join(str(step) for step in (*seen, resolved))
         raise RecipeError(f"recipes extend each other in a circle: {chain}", "Remove one of the `extends` lines.")
     try:
         text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror})", "Give a file that can be.") from None
+    except RecursionError:
+        raise RecipeError(f"{path} nests brackets too deeply", "Mend that place.") from None
     except ValueError as error:
         raise RecipeError(f"{path} is not TOML: {error}", "Mend that place; text needs quotes.") from None
+    layer = Layer(f"recipe {path.stem}" if path.parent == FOLDER else f"file {path}", text)
     base = table.pop("extends", None)
+    _refuse_long("extends", base, layer)
     if base is not None and not isinstance(base, str):
-        raise RecipeError(f"extends = {base!r} in {path} is not text", 'Write extends = "NAME" or a path.')
-    below = _files(_find(base, path.parent), (*seen, path)) if base else []
-    name = f"recipe {path.stem}" if path.parent == FOLDER else f"file {path}"
-    return [*below, (Layer(name, text), table)]
+        raise RecipeError(f"extends = {_shown(base)} in {path} is not text", 'Write extends = "NAME" or a path.')
+    below = _files(_find(base, path.parent), (*seen, resolved)) if base is not None else []
+    return [*below, (layer, table)]
 
 
 def _flags(overrides: Sequence[str]) -> dict[str, Any]:
@@ -325,39 +430,44 @@ def _flags(overrides: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def _value(key: str, text: str) -> Any:
+def _value(name: str, text: str) -> Any:
     """A flag's value as TOML, or as text where it is not TOML or where the setting is text."""
-    if key in keys() and keys()[key].is_text:
+    key = keys().get(_current(name))
+    if key and key.is_text:
         return text
     try:
         table = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return table["value"] if len(table) == 1 else text
 
 
 def _entries(table: Mapping[str, Any], layer: Layer, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested table; every key is known."""
+    """Dotted names and values of a nested table, as they are written; every one is known, if by an old name."""
     for name, value in table.items():
         key = prefix + name
-        if key in keys() or (value == "none" and sections().get(key)):
+        _refuse_long(key, value, layer)
+        if _current(key) in keys() or (value == "none" and sections().get(key)):
             yield key, value
-        elif key not in sections():
+        elif key not in sections() and not any(_current(old) != old and old.startswith(f"{key}.") for old in RENAMED):
             raise _unknown(key, layer)
         elif isinstance(value, Mapping):
             yield from _entries(value, layer, f"{key}.")
         else:
-            choice = ", or none" if sections()[key] else ""
+            choice = ", or none" if sections().get(key) else ""
             raise RecipeError(
-                f"{key} = {value!r} ({layer.place(key)}): {key} is a section", f"Set the keys inside it{choice}."
+                f"{key} = {_shown(value)} ({layer.place(key)}): {key} is a section", f"Set the keys inside it{choice}."
             )
 
 
 def _unknown(key: str, layer: Layer) -> RecipeError:
+    problem = f"{key}: unknown key in {layer.place(key)}"
+    if key in RENAMED:
+        return RecipeError(problem, f"It was renamed: write {RENAMED[key].key}.")
     known = [*keys(), *sections()]
     same_name = [other for other in known if other.rpartition(".")[2] == key.rpartition(".")[2]]
     close = [*same_name, *difflib.get_close_matches(key, known, n=1, cutoff=0.0)]
-    return RecipeError(f"{key}: unknown key in {layer.place(key)}", f"Did you mean {close[0]}?")
+    return RecipeError(problem, f"Did you mean {close[0]}?")
 
 
 def _lay(merged: dict[str, tuple[Any, Layer]], key: str, value: Any, layer: Layer) -> None:
@@ -369,6 +479,9 @@ def _lay(merged: dict[str, tuple[Any, Layer]], key: str, value: Any, layer: Laye
     for group in sections():
         if key.startswith(f"{group}."):
             merged.pop(group, None)
+    overruled = OVERRULES.get(key, "")
+    if overruled in merged and merged[overruled][1] != layer:
+        del merged[overruled]
     unset = value == "none" and (is_section or keys()[key].is_optional)
     merged[key] = (None if unset else value, layer)
 
@@ -420,7 +533,7 @@ def _explain(error: ErrorDetails, merged: Mapping[str, tuple[Any, Layer]]) -> Re
         return RecipeError("".join(f"{part}: " for part in path) + problem + where, fix)
     key = next(".".join(path[:n]) for n in range(len(path), 0, -1) if ".".join(path[:n]) in keys())
     value, layer = merged[key]
-    return RecipeError(f"{key} = {_toml(value)} ({layer.place(key)}) is not allowed", _remedy(keys()[key], value))
+    return RecipeError(f"{key} = {_shown(value)} ({layer.place(key)}) is not allowed", _remedy(keys()[key], value))
 
 
 def _names(text: str, key: str) -> bool:
@@ -472,10 +585,68 @@ def show(loaded: Loaded) -> list[dict[str, Any]]:
 def table(loaded: Loaded, help_text: bool = False) -> str:
     """The records of `show` as aligned text: key, value, unit, layer and, if wanted, what the key means."""
     columns = ("key", "value", "unit", "layer") + ("help",) * help_text
-    rows = [columns] + [tuple(_toml(row[c]) if c == "value" else row[c] for c in columns) for row in show(loaded)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return _aligned(
+        [columns] + [tuple(_toml(row[c]) if c == "value" else row[c] for c in columns) for row in show(loaded)]
+    )
+
+
+def diff(a: Loaded, b: Loaded) -> list[dict[str, Any]]:
+    """One record a key whose values differ: key, and under a and b its value and layer, or None where there is none."""
+    sides = [{row["key"]: {"value": row["value"], "layer": row["layer"]} for row in show(loaded)} for loaded in (a, b)]
+    records = [{"key": key, "a": sides[0].get(key), "b": sides[1].get(key)} for key in {**sides[0], **sides[1]}]
+    return [r for r in records if r["a"] is None or r["b"] is None or r["a"]["value"] != r["b"]["value"]]
+
+
+def diff_table(a: str, b: str, records: Sequence[Mapping[str, Any]]) -> str:
+    """The records of `diff` as aligned text, under the names of the two recipes."""
+    rows = [("key", a, "layer", b, "layer")]
+    for record in records:
+        cells = [(_toml(side["value"]), side["layer"]) if side else ("-", "-") for side in (record["a"], record["b"])]
+        rows.append((record["key"], *cells[0], *cells[1]))
+    return _aligned(rows) if records else "no difference\n"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def starter(name: str, run: str) -> str:
+    """A recipe to edit, as TOML: the shipped recipe `name` with the run directory `run`.
+
+    It holds what users change (`STARTER`) with the recipe's own values, each below its meaning, unit and limits; the
+    rest comes by `extends`. Raises RecipeError where no such recipe ships.
+    """
+    if name not in names():
+        raise RecipeError(f"no recipe named {name!r} ships", f"Begin from one of {', '.join(names())}.")
+    values = flat(load(name).recipe) | {"run.dir": run}
+    lines = [f"# Begun from the recipe {name}. What is not here is as there; `puna recipe show FILE` prints all of it."]
+    lines += [f'extends = "{name}"']
+    section = ""
+    for key in STARTER:
+        group, _, short = key.rpartition(".")
+        if group != section:
+            section = group
+            lines += ["", f"[{group}]"]
+        known = keys()[key]
+        limits = f"{known.unit}: {known.allowed}" if known.unit else known.allowed
+        lines += textwrap.wrap(f"{known.help} ({limits})", 118, initial_indent="# ", subsequent_indent="# ")
+        lines.append(f"{short} = {_toml(values[key])}")
+    return "\n".join(lines) + "\n"
+
+
+def write_starter(name: str, out: Path) -> None:
+    """Write `starter` to a new file OUT, for runs in runs/STEM. Raises RecipeError where OUT is there, or no .toml."""
+    from puna.llama.shards import write_atomic
+
+    if out.suffix != ".toml":
+        raise RecipeError(f"{out} does not end in .toml", f"Name it {out.with_suffix('.toml')}.")
+    if out.exists():
+        raise RecipeError(f"{out} is already there", "Name another file with --out, or remove it.")
+    text = starter(name, f"runs/{out.stem}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, text.encode())
 
 
 def catalogue() -> dict[str, int]:
@@ -501,7 +672,15 @@ def _toml(value: Any) -> str:
         return '"none"'
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_toml, value))}]"
+    if isinstance(value, Mapping):
+        return "{...}"
     return tomli_w.dumps({"value": value}).removeprefix("value = ").strip()
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: as TOML, cut where it is long."""
+    text = _toml(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def schema() -> dict[str, Any]:

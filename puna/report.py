@@ -80,8 +80,10 @@ def read(run: Path) -> Records:
     events = _read_events(run / "events.jsonl", problems)
     files = {name: _read_object(run / f"{name}.json", problems) for name in ("recipe", "versions", "model", "summary")}
     steps, redone = _by_step(events)
-    named = Records(run, recipe=files["recipe"]).setting("data.path")
-    shards = _read_object(Path(named) / "shards.json", problems) if isinstance(named, str) else {}
+    recipe = Records(run, recipe=files["recipe"])
+    named = recipe.setting("data.path")
+    alone = isinstance(named, str) and not recipe.setting("data.sources")
+    shards = _read_object(Path(named) / "shards.json", problems) if alone else {}
     return Records(run, events, steps, redone, **files, shards=shards, problems=problems)
 
 
@@ -403,14 +405,41 @@ def model(records: Records) -> str:
 
 @panel("Data")
 def data(records: Records) -> str:
-    """The token shards."""
-    splits = records.shards.get("splits")
+    """What is read of each source, and the token shards where there is one source."""
+    drawn, splits = _drawn(records.fact("sources")), records.shards.get("splits")
     if not isinstance(splits, dict):
-        return absent("The token shards that the recipe names (data.path) are not at hand.")
+        return drawn or absent("The token shards that the recipe names (data.path) are not at hand.")
     counts = ("num_documents", "num_tokens", "num_bytes")
     rows = [(escape(name), *(_count(facts.get(key)) for key in counts)) for name, facts in splits.items()]
     other = {key: value for key, value in records.shards.items() if key not in ("splits", "files")}
-    return table(("split", "documents", "tokens", "bytes"), rows, "figures") + details("The manifest", pairs(other))
+    splits_table = table(("split", "documents", "tokens", "bytes"), rows, "figures")
+    return drawn + splits_table + details("The manifest", pairs(other))
+
+
+def _drawn(sources: Any) -> str:
+    """The start record's table of sources."""
+    if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+        return ""
+    return table(
+        ("source", "documents", "tokens", "share", "tokens drawn", "epochs"),
+        [
+            (
+                escape(str(source.get("source"))),
+                _count(source.get("num_documents")),
+                _count(source.get("num_tokens")),
+                _share(source, "share"),
+                _count(source.get("drawn_tokens")),
+                _share(source, "epochs"),
+            )
+            for source in sources
+        ],
+        "figures",
+    )
+
+
+def _share(record: Event, key: str) -> str:
+    value = number(record, key)
+    return "?" if value is None else f"{value:.3g}"
 
 
 def _count(value: Any) -> str:

@@ -6,6 +6,8 @@ import platform
 import shutil
 import statistics
 import tempfile
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,24 @@ import torch
 
 import puna
 from puna import recipe as recipes
+from puna.check import WEIGHTS_DTYPE, inspect, refuse_other_mesh
 from puna.console import err
 from puna.errors import CheckpointError, DeviceError, RecipeError
 from puna.llama import hub
+from puna.llama.identity import refuse_other_tokenizer, verify_identity, write_identity
 from puna.llama.pretrain import Pretrain
-from puna.llama.shards import Shards, write_atomic
+from puna.llama.shards import write_atomic
+from puna.llama.template import TEMPLATE_FILE, chat_template
 from puna.llama.tokenizer import Tokenizer
 from puna.recipe import Loaded, Recipe
 from puna.train.checkpoint import complete_steps, hold_lock
+from puna.train.disk import require_plan
+from puna.train.divergence import code_version, require_same
 from puna.train.launch import launch
 from puna.train.loop import Run
 from puna.train.mesh import DTYPES, choose_compute, choose_device, open_mesh
 from puna.train.metrics import last_steps, read_events
+from puna.train.watchdog import watch
 
 FREE_TO_CHANGE = (
     "run.",
@@ -44,32 +52,39 @@ def train(loaded: Loaded) -> dict[str, Any]:
 
     Under torchrun every rank calls it, and only rank 0 has something to return; the others get an empty dict.
     Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None).
-    Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed.
+    Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed, Hung, RanksDiffer.
     """
     config = loaded.recipe.run
     run = Path(config.dir)
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
+        refuse_other_mesh(loaded.recipe)
         prepare(loaded, run)
     if "RANK" in os.environ:
         train_ranks(loaded.recipe, run)
     else:
-        launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads)
+        launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads, config.max_restarts)
     return outcome(run) if rank == 0 else {}
 
 
 def prepare(loaded: Loaded, run: Path) -> None:
     """Check what can be checked before any process starts; write what the directory says of itself."""
     recipe = loaded.recipe
-    shards = Shards(recipe.data.path, "train")
+    found = inspect(recipe)
     choose_device(recipe.run.device)
+    num_there = len(complete_steps(run))
+    require_plan(run, recipe.checkpoint, recipe.train, recipe.schedule, recipe.model.num_parameters, num_there)
     with hold_lock(run):
         refuse_other_run(loaded, run)
+        if num_there:
+            refuse_other_tokenizer(run, found.tokenizer)
         write_atomic(run / "recipe.toml", loaded.text.encode())
         write_atomic(run / "recipe.json", recipes.to_json(loaded).encode())
         write_atomic(run / "model.json", recipe.model.model_dump_json(indent=1).encode())
         write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
-        shutil.copytree(shards.tokenizer_dir, run / "tokenizer", dirs_exist_ok=True)
+        shutil.copytree(found.sources[0].tokenizer_dir, run / "tokenizer", dirs_exist_ok=True)
+        write_atomic(run / "tokenizer" / TEMPLATE_FILE, chat_template(found.tokenizer.chat_format).encode())
+        write_identity(run, found.tokenizer, WEIGHTS_DTYPE)
 
 
 def refuse_other_run(loaded: Loaded, run: Path) -> None:
@@ -97,7 +112,9 @@ def work(directory: str) -> None:
 
 def train_ranks(recipe: Recipe, run: Path) -> None:
     """One rank's part of a run."""
-    with open_mesh(recipe.run, recipe.mesh) as place:
+    common = recipes.flat(recipe) | code_version() | data_version(recipe)
+    agree = partial(require_same, run, common, "at the start")
+    with open_mesh(recipe.run, recipe.mesh, agree) as place, watch(run, recipe.run):
         recipes.check_ranks(recipe, place.world_size)
         compute = choose_compute(recipe.train.dtype, place.device)
         if compute.dtype == torch.float16 and place.device.type == "cpu":
@@ -119,6 +136,12 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
             compute,
         )
         Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops).go()
+
+
+def data_version(recipe: Recipe) -> dict[str, str]:
+    """A hash of what each folder of token shards says of itself: copies on several machines must be the same."""
+    files = [Path(folder) / "shards.json" for folder, _ in recipe.data.mixture()]
+    return {str(file): sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "missing" for file in files}
 
 
 def outcome(run: Path) -> dict[str, Any]:
@@ -155,8 +178,12 @@ def export(
     if loaded.tokenizer_dir is None:
         raise CheckpointError(f"{path} has no tokenizer", "Put its tokenizer.json or tokenizer.model there.")
     tokenizer = Tokenizer.load(loaded.tokenizer_dir)
+    stored = str(loaded.model.head.dtype).removeprefix("torch.")
+    verify_identity(path, loaded.tokenizer_dir, tokenizer, stored)
     with tempfile.TemporaryDirectory() as forms:
         tokenizer.to_hf(Path(forms))
+        written = str(DTYPES[dtype]).removeprefix("torch.") if dtype else stored
+        write_identity(Path(forms), Tokenizer.load(forms), written)
         hub.save(
             loaded.model.state_dict(),
             loaded.config,

@@ -14,7 +14,8 @@ import click
 import pytest
 
 from puna import cli, recipe
-from puna.errors import NonFinite, RankFailed, RunLocked, Unfinished, UserError
+from puna.errors import Hung, NonFinite, RankFailed, RanksDiffer, RunLocked, Unfinished, UserError
+from puna.llama.dialog import Style
 
 
 @dataclass
@@ -91,7 +92,8 @@ def test_version(puna):
 
 def test_verbs():
     assert {path[0] for path in ALL[1:]} == {
-        "corpus", "demo", "eval", "export", "generate", "recipe", "report", "serve", "train"
+        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "lab", "launch", "parity", "recipe",
+        "report", "resume", "serve", "train", "verify"
     }  # fmt: skip
 
 
@@ -164,7 +166,11 @@ def test_serve_passes_address_and_name(puna, monkeypatch):
     seen = []
     monkeypatch.setattr("puna.serve.api.server.serve", lambda *given: seen.append(given))
     assert puna("serve", "some", "--port", "0", "--name", "mine").status == 0
-    assert seen == [(PATH, "127.0.0.1", 0, "mine")]
+    assert puna("serve", "some", "--allow-mismatch", "--trim", "--tool-dialect", "python_list").status == 0
+    assert seen == [
+        (PATH, "127.0.0.1", 0, "mine", False, Style()),
+        (PATH, "127.0.0.1", 8000, None, True, Style("python_list", trim=True)),
+    ]
 
 
 # --- recipes
@@ -239,6 +245,8 @@ def test_debug_shows_the_trace():
         (Unfinished("no. Wait."), 4),
         (NonFinite("no"), 5),
         (RankFailed("no"), 6),
+        (Hung("no"), 7),
+        (RanksDiffer("no"), 8),
     ],
 )
 def test_exit_code_of_each_branch(puna, monkeypatch, error, status):

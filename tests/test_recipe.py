@@ -343,6 +343,219 @@ def test_evaluation_without_tokens():
     assert "eval.every is set but eval.tokens is 0" in refusal("--eval.every", "3", "--eval.tokens", "0")
 
 
+# --- a mixture of sources
+
+
+def test_one_path_is_a_mixture_of_one():
+    assert recipe.load("tiny").recipe.data.mixture() == (("runs/shards", 1.0),)
+
+
+def test_sources_stand_for_path(tmp_path):
+    path = write(tmp_path / "r.toml", 'extends = "tiny"\n[data]\nsources = [["a", 3], ["b", 0.5]]\npath = "c"\n')
+    loaded = recipe.load(path)
+    assert loaded.recipe.data.mixture() == (("a", 3.0), ("b", 0.5))
+    assert recipe.load(write(tmp_path / "again.toml", loaded.text)).recipe == loaded.recipe
+
+
+def test_a_later_layer_that_sets_path_drops_the_sources_of_earlier_ones(tmp_path):
+    path = write(tmp_path / "r.toml", 'extends = "tiny"\n[data]\nsources = [["a", 3.0]]\n')
+    alone = recipe.load(path, ["--data.path", "c"])
+    assert alone.recipe.data.mixture() == (("c", 1.0),)
+    assert (alone.origins["data.path"], alone.origins["data.sources"]) == ("flag", "default")
+    both = recipe.load(path, ["--data.path", "c", "--data.sources", '[["d", 1]]'])
+    assert both.recipe.data.mixture() == (("d", 1.0),)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", '"1"', "true"])
+def test_weights_are_numbers_above_zero(weight):
+    words = refusal("--data.sources", f'[["a", {weight}]]')
+    assert words.startswith("data.sources = [")
+    assert words.endswith("(flag) is not allowed. It must be a list of [text, a number, more than 0].")
+
+
+def test_a_source_that_is_named_twice():
+    words = refusal("--data.sources", '[["a", 1], ["b", 1], ["a/", 2]]')
+    assert words == (
+        "data.sources names a twice (data.sources set by flag). Give every folder once, with its whole weight."
+    )
+
+
+# --- keys that were renamed
+
+
+@pytest.fixture
+def renamed(monkeypatch):
+    """`train.learning_rate` and `output.folder` were renamed, `train.rate` longer ago."""
+    table = {
+        "train.learning_rate": recipe.Renamed("train.lr", "0.3.0"),
+        "output.folder": recipe.Renamed("run.dir", "0.3.0"),
+        "train.rate": recipe.Renamed("train.lr", "0.2.0"),
+    }
+    monkeypatch.setattr(recipe, "RENAMED", table)
+    monkeypatch.setattr(recipe, "__version__", "0.2.0")
+
+
+def test_an_old_name_in_a_file_is_taken_and_the_new_one_told(renamed, tmp_path, capsys):
+    path = write(tmp_path / "r.toml", 'extends = "tiny"\n[train]\nlearning_rate = 0.5\n[output]\nfolder = "x"\n')
+    loaded = recipe.load(path)
+    assert (loaded.recipe.train.lr, loaded.recipe.run.dir) == (0.5, "x")
+    assert loaded.origins["train.lr"] == f"file {path}"
+    assert capsys.readouterr().err.splitlines() == [
+        f"file {path}, line 3: train.learning_rate is now train.lr; Puna 0.3.0 will not know train.learning_rate",
+        f"file {path}, line 5: output.folder is now run.dir; Puna 0.3.0 will not know output.folder",
+    ]
+    assert "learning_rate" not in loaded.text
+
+
+def test_an_old_name_in_a_flag(renamed, capsys):
+    loaded = recipe.load("tiny", ["--train.learning_rate", "0.5", "--output.folder", "2026"])
+    assert (loaded.recipe.train.lr, loaded.recipe.run.dir) == (0.5, "2026")
+    first, _ = capsys.readouterr().err.splitlines()
+    assert first == "flag: train.learning_rate is now train.lr; Puna 0.3.0 will not know train.learning_rate"
+
+
+def test_both_names_in_one_layer(renamed, tmp_path):
+    path = write(tmp_path / "r.toml", "[train]\nlr = 0.1\nlearning_rate = 0.5\n")
+    assert refusal(name=path) == (
+        f"file {path} sets train.lr twice, as train.lr and as train.learning_rate. Keep train.lr alone."
+    )
+    assert refusal("--output.folder", "a", "--run.dir", "b").startswith("flag sets run.dir twice")
+
+
+def test_a_later_layer_wins_by_either_name(renamed, tmp_path):
+    path = write(tmp_path / "r.toml", 'extends = "tiny"\n[train]\nlearning_rate = 0.5\n')
+    assert recipe.load(path, ["--train.lr", "0.25"]).recipe.train.lr == 0.25
+
+
+def test_after_two_releases_an_old_name_is_unknown(renamed):
+    assert refusal("--train.rate", "0.5") == "train.rate: unknown key in flag. It was renamed: write train.lr."
+
+
+def test_a_wrong_value_under_an_old_name(renamed):
+    assert refusal("--train.learning_rate", "fast").startswith('train.lr = "fast" (flag) is not allowed.')
+    assert "output = 3 (flag): output is a section" in refusal("--output", "3")
+
+
+def test_every_renamed_key_leads_to_a_key():
+    assert {renamed.key for renamed in recipe.RENAMED.values()} <= set(recipe.keys())
+    assert not set(recipe.RENAMED) & set(recipe.keys())
+
+
+# --- recipes of one's own
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_a_starter_is_the_recipe_it_began_from(name, tmp_path):
+    recipe.write_starter(name, tmp_path / "own.toml")
+    own = recipe.load(tmp_path / "own.toml").recipe
+    shipped = recipe.load(name).recipe
+    assert recipe.flat(own) == recipe.flat(shipped) | {"run.dir": "runs/own"}
+
+
+def test_a_starter_explains_each_key(tmp_path):
+    recipe.write_starter("tiny", tmp_path / "own.toml")
+    text = (tmp_path / "own.toml").read_text(encoding="utf-8")
+    assert 'extends = "tiny"\n' in text
+    assert "# peak learning rate (a number, more than 0)\nlr = 0.003\n" in text
+    assert "# tokens in one sequence (tokens: a whole number, at least 2)\nseq_len = 128\n" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert set(recipe.STARTER) <= set(recipe.keys())
+
+
+def test_a_starter_does_not_overwrite(tmp_path):
+    path = write(tmp_path / "own.toml", "mine")
+    with pytest.raises(RecipeError) as caught:
+        recipe.write_starter("tiny", path)
+    assert str(caught.value) == f"{path} is already there. Name another file with --out, or remove it."
+    assert path.read_text() == "mine"
+
+
+def test_a_starter_of_nothing_that_ships(tmp_path):
+    with pytest.raises(RecipeError, match=r"no recipe named 'lama' ships\. Begin from one of demo, llama2-13b"):
+        recipe.write_starter("lama", tmp_path / "own.toml")
+    with pytest.raises(RecipeError, match=r"own does not end in \.toml\. Name it .*own\.toml\."):
+        recipe.write_starter("tiny", tmp_path / "own")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_diff_names_key_values_and_layers():
+    a, b = recipe.load("tiny"), recipe.load("tiny", ["--train.lr", "0.5", "--data.sources", '[["a", 1]]'])
+    assert recipe.diff(a, a) == []
+    assert recipe.diff(a, b) == [
+        {
+            "key": "data.sources",
+            "a": {"value": (), "layer": "default"},
+            "b": {"value": (("a", 1.0),), "layer": "flag"},
+        },
+        {
+            "key": "train.lr",
+            "a": {"value": 0.003, "layer": "recipe tiny"},
+            "b": {"value": 0.5, "layer": "flag"},
+        },
+    ]
+
+
+def test_diff_where_only_one_has_a_section():
+    records = {row["key"]: row for row in recipe.diff(recipe.load("llama3-8b"), recipe.load("llama3.1-8b"))}
+    assert records["model.rope_scaling"] == {
+        "key": "model.rope_scaling",
+        "a": {"value": None, "layer": "default"},
+        "b": None,
+    }
+    assert records["model.rope_scaling.factor"]["a"] is None
+    assert records["model.rope_scaling.factor"]["b"]["value"] == 8.0
+    rows = recipe.diff_table("llama3-8b", "llama3.1-8b", list(records.values())).splitlines()
+    assert rows[0].split() == ["key", "llama3-8b", "layer", "llama3.1-8b", "layer"]
+    assert ["model.rope_scaling", '"none"', "default", "-", "-"] in [row.split() for row in rows]
+    assert recipe.diff_table("a", "b", []) == "no difference\n"
+
+
+# --- files that nobody meant
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\ntokens = " + "9" * 30, "train.tokens (file {path}, line 2) is a number of 100 bits. Whole numbers"),
+        ("[train]\ntokens = 0x" + "f" * 5000, "train.tokens (file {path}, line 2) is a number of 20000 bits"),
+        ("[schedule]\nseq_stages = [[0x" + "f" * 5000 + ", 2]]", "schedule.seq_stages (file {path}, line 2) is a num"),
+        ("extends = 0x" + "f" * 5000, "extends (file {path}, line 1) is a number of 20000 bits"),
+        ("[train]\ntokens = " + "9" * 5000, "{path} is not TOML: Exceeds the limit"),
+        ("[train]\nlr = " + "[" * 5000, "{path} nests brackets too deeply"),
+        ("[train]\nlr" + ".a" * 1500 + " = 1", "train.lr = {{...}} (file {path}) is not allowed"),
+        ('extends = "' + "a" * 5000 + '"', "no recipe named 'aaaa"),
+        ('extends = "a/' + "a" * 5000 + '"', "no recipe at "),
+        ('extends = "\\u0000.toml"', "no recipe at "),
+        ('extends = ""', "no recipe named ''"),
+        ('[train]\nlr = "' + "a" * 5000 + '"', 'train.lr = "aaaa'),
+        ("[train]\nlr = 1979-05-27", "train.lr = 1979-05-27 (file {path}, line 2) is not allowed"),
+        ("[[train]]\nlr = 1", "train = [{{...}}] (file {path}): train is a section"),
+        ("[train]\nlr = nan", "train.lr = nan (file {path}, line 2) is not allowed. It must be a number"),
+    ],
+)
+def test_odd_files_are_refused_in_one_line(tmp_path, text, words):
+    path = write(tmp_path / "odd.toml", text)
+    said = refusal(name=path)
+    assert said.startswith(words.format(path=path))
+    assert "\n" not in said
+
+
+def test_a_circle_by_another_path(tmp_path):
+    path = write(tmp_path / "a.toml", f'extends = "../{tmp_path.name}/a.toml"\n')
+    assert "recipes extend each other in a circle" in refusal(name=path)
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "r.toml", "")
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: path.with_name("gone").open().read())
+    assert refusal(name=path) == f"{path} cannot be read (No such file or directory). Give a file that can be."
+
+
+def test_a_flag_with_a_number_of_many_digits():
+    assert refusal("--train.tokens", "9" * 5000).startswith('train.tokens = "9999')
+    assert "a number of 20000 bits" in refusal("--train.tokens", "0x" + "f" * 5000)
+
+
 # --- printing
 
 

@@ -354,3 +354,15 @@ def test_scaled(value, words):
 )
 def test_duration(seconds, words):
     assert report.duration(seconds) == words
+
+
+def test_the_sources_of_a_mixture_are_told(tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "shards.json").write_text(json.dumps({"splits": {"train": {"num_tokens": 987_654}}}))
+    code = {"source": "shards/<code>", "num_documents": 1234, "num_tokens": 56_789, "share": 0.75}
+    start = {"event": "start", "sources": [code | {"drawn_tokens": 4321, "epochs": 1.5}, {"source": "prose"}]}
+    recipe = {"data.sources": {"value": [["code", 0.75]]}, "data.path": {"value": str(tmp_path / "shards")}}
+    text = page_of(write(tmp_path / "run", [start], recipe=recipe)).text
+    for told in ("shards/<code>", "1,234", "56,789", "0.75", "4,321", "1.5", "prose"):
+        assert told in text
+    assert "987,654" not in text  # data.path is not what this run reads

@@ -1,14 +1,15 @@
 """A source becomes a corpus: filtered, without duplicates, split.
 
 DIR/train.jsonl, DIR/heldout.jsonl   a document a line: {"id", "text"}
-DIR/removed.jsonl                    a line for each document that was removed: {"id", "reason"[, "of"]}
+DIR/removed.jsonl                    a line for each document that was removed: {"id", "reason"[, "of"][, "detail"]}
 DIR/corpus.json                      the report, written last: a folder without it holds no corpus
 """
 
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from puna.console import track
+from puna.console import err, track
 from puna.corpus import cache
 from puna.corpus.dedup import NUM_HASHES, MinHash, clusters, exact_key
 from puna.corpus.documents import Source, open_source
 from puna.corpus.filters import Limits, judge
+from puna.corpus.formats import Document
 from puna.corpus.rows import REPORT
 from puna.corpus.split import check_no_leak, choose_heldout
 from puna.errors import DataError
@@ -28,7 +30,11 @@ from puna.llama.shards import sha256_file, write_atomic
 
 FILES = ("train.jsonl", "heldout.jsonl", "removed.jsonl")
 LOOSER = 0.1  # documents this much less similar than near duplicates stay, but on one side of the split
-CODE = [Path(__file__).with_name(f"{name}.py") for name in ("build", "dedup", "documents", "filters", "split")]
+NUM_NAMED = 3  # documents named on the terminal for each reason
+CODE = [
+    Path(__file__).with_name(f"{name}.py")
+    for name in ("build", "dedup", "documents", "filters", "formats", "split", "warc")
+]
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,12 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Removed:
-    """Why a document was removed; `of` is the document that it repeats."""
+    """Why a document was removed; `of` is the document that it repeats, `detail` what reading it came to."""
 
     id: str
     reason: str
     of: str = ""
+    detail: str = ""
 
 
 def build_corpus(
@@ -66,7 +73,7 @@ def build_corpus(
     opened = open_source(source)
     if out.resolve().is_relative_to(opened.root.resolve()):
         raise DataError(f"The output folder {out} lies inside the source {source}", "Choose a folder outside.")
-    options = {"heldout": heldout, "near": near, "seed": seed, **limits.model_dump()}
+    options = {"heldout": heldout, "near": near, "seed": seed, **limits.model_dump(), **opened.libraries}
     wanted = cache.recipe(opened.sha256(), options, CODE)
     made = cache.read_recipe(out / REPORT)
     current = cache.is_current(f"corpus {out}", out, made, wanted)
@@ -82,6 +89,7 @@ def _build(source: Source, out: Path, wanted: dict[str, Any], limits: Limits) ->
     groups = np.arange(len(kept))
     if options["near"] and kept:
         kept, signatures, groups = _drop_near(kept, signatures, removed, options["near"])
+    _tell(removed.values())
     if not kept or (options["heldout"] and len(set(groups)) < 2):
         raise _too_few(source, kept, removed)
     names, sizes = [kept[group].id for group in groups], [document.num_bytes for document in kept]
@@ -101,6 +109,13 @@ def _build(source: Source, out: Path, wanted: dict[str, Any], limits: Limits) ->
     return report
 
 
+def _judged(source: Source, limits: Limits, doing: str) -> Iterator[tuple[int, Document, str, str | None]]:
+    """Place, document, text, and why it is removed if it is."""
+    for place, document in enumerate(track(source, doing, source.num_documents)):
+        text, reason = ("", document.reason) if document.reason else judge(document.data, limits)
+        yield place, document, text, reason
+
+
 def _survey(
     source: Source, limits: Limits, with_signatures: bool
 ) -> tuple[list[_Kept], np.ndarray, dict[int, _Removed]]:
@@ -109,11 +124,10 @@ def _survey(
     removed: dict[int, _Removed] = {}
     first: dict[bytes, str] = {}
     signatures, minhash = [], MinHash()
-    for place, document in enumerate(track(source, "reading", source.num_documents)):
-        text, reason = judge(document.data, limits)
+    for place, document, text, reason in _judged(source, limits, "reading"):
         key = exact_key(text)
         if reason is not None:
-            removed[place] = _Removed(document.id, reason)
+            removed[place] = _Removed(document.id, reason, detail=document.detail)
         elif key in first:
             removed[place] = _Removed(document.id, "exact_duplicate", first[key])
         else:
@@ -136,27 +150,46 @@ def _drop_near(
     return [kept[i] for i in np.flatnonzero(stays)], left, clusters(left, near - LOOSER)
 
 
+def _tell(removed: Iterable[_Removed]) -> None:
+    """A line for each reason: how many documents, and the first few by name."""
+    by_reason: dict[str, list[_Removed]] = defaultdict(list)
+    for document in removed:
+        by_reason[document.reason].append(document)
+    for reason, documents in sorted(by_reason.items()):
+        named = [d.id + (f" ({d.detail})" if d.detail else "") for d in documents[:NUM_NAMED]]
+        more = f", and {len(documents) - NUM_NAMED:,} more" if len(documents) > NUM_NAMED else ""
+        line = f"removed  {reason}  {len(documents):,}: {', '.join(named)}{more}"
+        err.print(line, markup=False, soft_wrap=True)
+
+
 def _write(
     source: Source, out: Path, limits: Limits, kept: list[_Kept], heldout: np.ndarray, removed: dict[int, _Removed]
 ) -> None:
     """Second reading: the files of the corpus, renamed into place when all are whole."""
     where = {document.place: (document, FILES[int(out)]) for document, out in zip(kept, heldout, strict=True)}
+    num_read = 0
     with ExitStack() as stack:
         files = {name: stack.enter_context(open(out / f"{name}.tmp", "wb")) for name in FILES}
-        for place, document in enumerate(track(source, "writing", source.num_documents)):
-            if place in removed:
+        for place, document, text, reason in _judged(source, limits, "writing"):
+            num_read += 1
+            if place in removed and removed[place].id == document.id:
                 row, name = {k: v for k, v in vars(removed[place]).items() if v}, "removed.jsonl"
+            elif place in where and reason is None and exact_key(text) == where[place][0].key:
+                row, name = {"id": document.id, "text": text}, where[place][1]
             else:
-                (expected, name), (text, _) = where[place], judge(document.data, limits)
-                if exact_key(text) != expected.key:
-                    raise DataError(f"{document.id} changed while it was read", "Build again when it is at rest.")
-                row = {"id": document.id, "text": text}
+                raise _changed(document.id)
             files[name].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        if num_read < len(kept) + len(removed):
+            raise _changed(source.facts["name"])
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
     for name in FILES:
         os.replace(out / f"{name}.tmp", out / name)
+
+
+def _changed(what: str) -> DataError:
+    return DataError(f"{what} changed while it was read", "Build again when it is at rest.")
 
 
 def _counts(kept: list[_Kept], chosen: np.ndarray) -> dict[str, int]:

@@ -3,32 +3,24 @@
 A source is read in the order of its ids, one document at a time, as bytes: whether they are text is for the filters.
 """
 
-import gzip
 import hashlib
-import json
 import os
 import platform
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from puna.console import track
+from puna.corpus import formats
+from puna.corpus.formats import MAX_BYTES, Document
 from puna.errors import DataError
 
-MAX_BYTES = 64 << 20  # what is read of one document; the filter `too_long` removes those that have more
 SKIPPED_FOLDERS = frozenset({"__pycache__", "node_modules"})
 STDLIB_SKIPPED_FOLDERS = SKIPPED_FOLDERS | {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-_FIX = "Give a folder of text or code files, a .txt, .md or .jsonl file (.gz too), or the name stdlib."
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document: `id` is its path inside the source (with `:row` for a row of a .jsonl file)."""
-
-    id: str
-    data: bytes
+_FIX = "Give a folder or a file of text, code, JSON lines, parquet, HTML or WARC, or the name stdlib."
 
 
 @dataclass(frozen=True)
@@ -41,19 +33,24 @@ class Source:
 
     def __iter__(self) -> Iterator[Document]:
         for name in self.files:
-            yield from _read(self.root / name, name)
+            yield from formats.read(self.root / name, _printable(name))
 
     @property
     def num_documents(self) -> int | None:
         """How many documents there are, where that is known without reading."""
-        return None if any(name.endswith((".jsonl", ".jsonl.gz")) for name in self.files) else len(self.files)
+        return None if any(map(formats.holds_several, self.files)) else len(self.files)
+
+    @property
+    def libraries(self) -> dict[str, str]:
+        """The versions of the libraries that decide what a document's text is."""
+        return {"trafilatura": version("trafilatura")} if any(map(formats.holds_pages, self.files)) else {}
 
     def sha256(self) -> str:
-        """Hash of every document's id and content, in order."""
+        """Hash of every file's name and content, in order; of a file that is one document, up to what is read of it."""
         digest = hashlib.sha256()
-        for document in self:
-            content = hashlib.sha256(document.data).hexdigest()
-            digest.update(f"{content} {document.id}\n".encode())
+        for name in track(self.files, "looking for changes"):
+            limit = None if formats.holds_several(name) else MAX_BYTES + 1
+            digest.update(f"{_content_hash(self.root / name, limit)} {_printable(name)}\n".encode())
         return digest.hexdigest()
 
 
@@ -99,35 +96,19 @@ def _walk(root: Path, enter: Callable[[str], bool], take: Callable[[str], bool])
     return tuple(sorted(path.relative_to(root).as_posix() for path in found if path.is_file()))
 
 
-def _read(path: Path, name: str) -> Iterator[Document]:
-    shown = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _printable(name: str) -> str:
+    """A file name as text, whatever its bytes are."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _content_hash(path: Path, limit: int | None) -> str:
+    """SHA-256 of a file's first `limit` bytes (None: all), or why it cannot be read."""
+    digest, left = hashlib.sha256(), limit
     try:
-        if name.endswith((".jsonl", ".jsonl.gz")):
-            yield from _rows(path, shown)
-        else:
-            with _opened(path) as file:
-                yield Document(shown, file.read(MAX_BYTES + 1))
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error})", "Mend it or take it out.") from error
-
-
-def _rows(path: Path, name: str) -> Iterator[Document]:
-    number = 0
-    try:
-        with _opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield Document(f"{name}:{number}", _text(json.loads(line)).encode("utf-8", "surrogatepass"))
-    except ValueError as error:
-        problem = f"Row {number} of {path} is not a JSON object with a string under the key text ({error})"
-        raise DataError(problem, "Mend the row or take it out.") from error
-
-
-def _opened(path: Path) -> IO[bytes] | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-
-
-def _text(row: Any) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError("no text")
-    return row["text"]
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(1 << 20 if left is None else min(left, 1 << 20)):
+                digest.update(piece)
+                left = None if left is None else left - len(piece)
+    except OSError as error:
+        return f"{error.strerror}"
+    return digest.hexdigest()

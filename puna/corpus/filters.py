@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from puna.corpus.documents import MAX_BYTES
+from puna.corpus.formats import MAX_BYTES
 
 
 class Limits(BaseModel):
@@ -25,6 +25,7 @@ class Limits(BaseModel):
 
 
 REASONS = {
+    "empty": "no bytes, or a file without a document in it",
     "binary": "holds a NUL byte, or more control characters than max_control_share",
     "too_long": "more bytes than max_bytes",
     "not_utf8": "not valid UTF-8",
@@ -40,6 +41,8 @@ def judge(data: bytes, limits: Limits) -> tuple[str, str | None]:
 
     The text has no byte-order mark and its lines end with LF.
     """
+    if not data:
+        return "", "empty"
     if b"\0" in data:
         return "", "binary"
     if len(data) > limits.max_bytes:

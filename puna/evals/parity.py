@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +219,8 @@ def largest_gap(ours: Scores, theirs: Scores) -> float:
 def train_logprobs(model: Llama, rows: list[list[int]]) -> tuple[Scores, float]:
     """Scores as training sees the rows, packed up to the context; and how far the loss of a pack is from their sum, a
     token, at most."""
-    device, scores, gap = model.head.device, [], 0.0
+    device, gap = model.head.device, 0.0
+    scores: Scores = []
     for pack in packs(rows, model.config.max_seq_len):
         tokens = torch.tensor([[token for row in pack for token in row]], device=device)
         documents = torch.tensor([[number for number, row in enumerate(pack) for _ in row]], device=device)
@@ -228,12 +230,11 @@ def train_logprobs(model: Llama, rows: list[list[int]]) -> tuple[Scores, float]:
         mask = Mask(documents=documents)
         hidden = model.hidden(tokens, mask=mask)
         nats = [float(token_loss_sum(hidden[:, at], model.head, targets[:, at])) for at in range(tokens.shape[1])]
-        num_targets = int((targets != IGNORED).sum())
-        gap = max(gap, abs(float(model(tokens, targets, mask=mask)) - sum(nats)) / num_targets)
-        start = 0
-        for row in pack:
-            scores.append([-value for value in nats[start : start + len(row) - 1]])
-            start += len(row)
+        ends_at = list(accumulate(map(len, pack)))
+        own = [nats[end - len(row) : end - 1] for end, row in zip(ends_at, pack, strict=True)]
+        num_scored = sum(map(len, own))
+        gap = max(gap, abs(float(model(tokens, targets, mask=mask)) - sum(map(sum, own))) / num_scored)
+        scores += [[-value for value in row] for row in own]
     return scores, gap
 
 

@@ -102,12 +102,16 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
 
 
 def shards_folder(path: Path, recipe: dict[str, Any] | None, data: Path | None) -> Path:
-    """The token shards to score on. Raises DataError where nobody names any."""
+    """The token shards to score on. Raises DataError where nobody names any, or a mixture's recipe names several."""
     if data is not None:
         return Path(data)
     if recipe is None:
         raise DataError(f"{path} is not a run directory, so it names no data", "Give token shards with --data FOLDER.")
-    return Path(recipe["data.path"])
+    sources = recipe.get("data.sources") or [[recipe["data.path"], 1.0]]
+    if len(sources) > 1:
+        names = ", ".join(folder for folder, _ in sources)
+        raise DataError(f"{path} was trained on several sources: {names}", "Choose one with --data FOLDER.")
+    return Path(sources[0][0])
 
 
 def trained_context(recipe: dict[str, Any]) -> int:

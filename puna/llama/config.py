@@ -1,8 +1,8 @@
 """Shape of a Llama 2 / 3 / 3.1 / 3.2 text model. No torch here."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from puna.train.config import Section, setting
 
@@ -62,10 +62,22 @@ class LlamaConfig(Section):
         return 6.0 * weights + 6.0 * self.num_layers * seq_len * self.num_heads * self.head_dim
 
 
+Sources = Annotated[tuple[tuple[str, Annotated[float, Field(gt=0)]], ...], Field(strict=False)]
+
+
 class DataConfig(Section):
     """What a text run reads."""
 
     path: str = setting("runs/shards", "folder of token shards (`puna corpus tokenize` writes one)", "path")
+    sources: Sources = setting(
+        (),
+        "mixture, read in place of data.path: pairs (folder of token shards, weight); a source's share of the tokens "
+        "is its weight over the sum of all weights",
+    )
     packing: Literal["packed", "unpacked"] = setting(
         "packed", "packed: rows hold several documents under a document mask; unpacked: a row a document, padded"
     )
+
+    def mixture(self) -> tuple[tuple[str, float], ...]:
+        """Folders of token shards and their weights: `sources`, or `path` alone."""
+        return self.sources or ((self.path, 1.0),)

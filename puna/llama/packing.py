@@ -8,6 +8,7 @@ another one every epoch.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -45,6 +46,13 @@ class Batch:
             x.to(device, non_blocking=True) for x in (self.tokens, self.targets, self.documents)
         )
         return Batch(tokens, targets, documents, self.ids, self.weight)
+
+
+class Samples(Protocol):
+    """What micro-batches are made of: a stream, or several as one."""
+
+    def sample(self, index: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of sample `index` and the next one, and which document each belongs to; both (seq_len + 1,)."""
 
 
 class Stream:
@@ -86,7 +94,7 @@ class Stream:
             self._epoch = epoch
 
 
-def packed(stream: Stream, indices: list[int], seq_len: int) -> Batch:
+def packed(stream: Samples, indices: list[int], seq_len: int) -> Batch:
     """The samples of these indices as rows (B, seq_len) that hold several documents each."""
     rows = [stream.sample(index, seq_len) for index in indices]
     tokens, documents = (torch.from_numpy(np.stack(columns)) for columns in zip(*rows, strict=True))
@@ -111,7 +119,7 @@ def unpacked(batch: Batch) -> Batch:
 
 
 def micro_batches(
-    stream: Stream,
+    stream: Samples,
     cursor: int,
     *,
     batch_tokens: int,

@@ -3,16 +3,19 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import fsum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from puna.console import err
 from puna.errors import RecipeError
 from puna.llama.config import DataConfig, LlamaConfig
 from puna.llama.hub import build
+from puna.llama.mixture import Mixture, labels, open_sources, plan, shares, table
 from puna.llama.model import Llama
-from puna.llama.packing import Batch, Stream, micro_batches
+from puna.llama.packing import Batch, Samples, Stream, micro_batches
 from puna.llama.parallel import spread
 from puna.llama.shards import Shards
 from puna.train import mesh
@@ -20,6 +23,7 @@ from puna.train.config import EvalConfig, MeshConfig, ScheduleConfig, TrainConfi
 from puna.train.mesh import Compute, Mesh
 from puna.train.optim import Average, LossScale, make_optimizers
 from puna.train.schedule import Schedule
+from puna.train.shared_memory import use_shared_memory
 from puna.train.task import Cursor, GradientTask
 
 
@@ -49,9 +53,13 @@ class Pretrain(GradientTask):
     ) -> None:
         self.config, self.data, self.train, self.place, self.compute = model, data, train, place, compute
         self.evaluation, self.schedule = evaluation, Schedule(schedule, train)
-        self.shards = {split: Shards(data.path, split) for split in ("train", "heldout")}
-        _check_vocabulary(model, self.shards["train"])
-        self.streams = {split: Stream(shards, seed) for split, shards in self.shards.items()}
+        self.shards = {split: open_sources(data, split) for split in ("train", "heldout")}
+        _check_vocabulary(model, self.shards["train"][0])
+        self.streams = {split: [Stream(s, seed) for s in sources] for split, sources in self.shards.items()}
+        self.mixture = Mixture(self.streams["train"], [weight for _, weight in data.mixture()])
+        self.shares, self.plan = shares(data), plan(data, self.shards["train"], train.tokens)
+        if place.rank == 0:
+            err.print(table(self.plan), markup=False, soft_wrap=True)
         self.model = make_model(model, train, sharding, seed, place, compute)
         average = schedule.average
         super().__init__(
@@ -69,7 +77,7 @@ class Pretrain(GradientTask):
         while cursor.tokens < self.train.tokens:
             tokens = self.schedule.batch_tokens(cursor.tokens)
             yield Step(
-                cursor, tokens, self._batches("train", cursor.tokens, tokens, self.schedule.seq_len(cursor.tokens))
+                cursor, tokens, self._batches(self.mixture, cursor.tokens, tokens, self.schedule.seq_len(cursor.tokens))
             )
             cursor = cursor.after(tokens)
 
@@ -80,18 +88,29 @@ class Pretrain(GradientTask):
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:
-        """Mean loss (nats a token) over the first `eval.tokens` tokens of the split, with averaged weights if any."""
-        seq_len = self.schedule.seq_len(self.train.tokens)
-        piece = self.train.seq_len * self.train.micro_batch * self.place.world_size
-        tokens = max(1, min(self.evaluation.tokens, self.shards[split].num_tokens) // piece) * piece
-        total = torch.zeros((), dtype=torch.float64)
-        weight = 0
+        """Mean loss (nats a token) over the first `eval.tokens` tokens of the split, with averaged weights if any.
+
+        Of a mixture: each source in its share, `loss` the mean of their losses by share, loss_NAME that of one.
+        """
         with self.average.swapped() if self.average else nullcontext():
-            for batch in self._batches(split, 0, tokens, seq_len):
-                total += self.loss_sum(batch).double().cpu()
-                weight += batch.weight
-        loss_sum, count = mesh.agree([float(total), float(weight)])
-        return {"loss": loss_sum / count, "tokens": count}
+            scored = [self._score(*pair) for pair in zip(self.streams[split], self.shares, strict=True)]
+        totals = mesh.agree([figure for pair in scored for figure in pair])
+        losses = [loss_sum / weight for loss_sum, weight in zip(totals[::2], totals[1::2], strict=True)]
+        figures = {"loss": fsum(share * loss for share, loss in zip(self.shares, losses, strict=True))}
+        if len(losses) > 1:
+            names = labels(self.shards[split])
+            figures |= {f"loss_{name}": loss for name, loss in zip(names, losses, strict=True)}
+        return figures | {"tokens": sum(totals[1::2])}
+
+    def _score(self, stream: Stream, share: float) -> tuple[float, float]:
+        """Sum of this rank's losses over the first `share` of eval.tokens of a stream, and their number."""
+        piece = self.train.seq_len * self.train.micro_batch * self.place.world_size
+        tokens = max(1, min(int(share * self.evaluation.tokens), stream.shards.num_tokens) // piece) * piece
+        total, weight = torch.zeros((), dtype=torch.float64), 0
+        for batch in self._batches(stream, 0, tokens, self.schedule.seq_len(self.train.tokens)):
+            total += self.loss_sum(batch).double().cpu()
+            weight += batch.weight
+        return float(total), float(weight)
 
     def describe(self) -> dict[str, Any]:
         """Facts for the report."""
@@ -99,13 +118,14 @@ class Pretrain(GradientTask):
             "total_tokens": self.train.tokens,
             "num_parameters": self.config.num_parameters,
             "flops_per_token": self.config.flops_per_token(self.train.seq_len),
-            "num_train_tokens": self.shards["train"].num_tokens,
-            "num_train_documents": self.shards["train"].num_documents,
+            "num_train_tokens": sum(shards.num_tokens for shards in self.shards["train"]),
+            "num_train_documents": sum(shards.num_documents for shards in self.shards["train"]),
+            "sources": self.plan,
         }
 
-    def _batches(self, split: str, offset: int, tokens: int, seq_len: int) -> list[Batch]:
+    def _batches(self, stream: Samples, offset: int, tokens: int, seq_len: int) -> list[Batch]:
         return micro_batches(
-            self.streams[split],
+            stream,
             offset,
             batch_tokens=tokens,
             seq_len=seq_len,
@@ -130,6 +150,8 @@ def make_model(
         compile=train.compile,
         reshard_after_forward=sharding.reshard_after_forward,
     )
+    if place.shares_memory:
+        use_shared_memory(model, place.devices["dp_shard"].get_group())
     model.to_empty(device=place.device)
     model.init_weights(seed, train.init)
     return model

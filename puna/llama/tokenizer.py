@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import TokenizerError
+from puna.llama.template import TEMPLATE_FILE, ChatFormat, chat_template
 from puna.llama.tokenizer_json import PATTERN, byte_alphabet, from_ranks, from_sentencepiece
 
 BEGIN_OF_TEXT, END_OF_TEXT = "<|begin_of_text|>", "<|end_of_text|>"
 START_HEADER, END_HEADER = "<|start_header_id|>", "<|end_header_id|>"
 END_OF_MESSAGE, END_OF_TURN = "<|eom_id|>", "<|eot_id|>"
+PYTHON_TAG = "<|python_tag|>"
 # Special tokens of Llama 3 in the order of their ids; reserved slots fill up to the number wanted (256 in Llama 3).
 NAMED_SPECIALS = (
     BEGIN_OF_TEXT, END_OF_TEXT, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
     "<|finetune_right_pad_id|>", "<|step_id|>", START_HEADER, END_HEADER, END_OF_MESSAGE, END_OF_TURN,
-    "<|python_tag|>", "<|image|>",
+    PYTHON_TAG, "<|image|>",
 )  # fmt: skip
 STOP_NAMES = (END_OF_TEXT, END_OF_MESSAGE, END_OF_TURN)
 BOS_NAMES, EOS_NAMES = (BEGIN_OF_TEXT, "<s>", "<|endoftext|>"), (END_OF_TEXT, "</s>", "<|endoftext|>")
@@ -185,7 +187,8 @@ class Tokenizer:
     """Text to ids and back.
 
     `bos`, `eos`: ids of the control tokens around a document; `stop_ids`: what ends generation; `special`: name -> id
-    of each control token; `hash`: SHA-256 over the content that decides the ids.
+    of each control token; `hash`: SHA-256 over the content that decides the ids; `chat_format`: how dialogs are
+    written.
     """
 
     def __init__(self, form: _Form, files: dict[str, bytes]) -> None:
@@ -195,6 +198,7 @@ class Tokenizer:
         self.bos = self._control("bos_token", BOS_NAMES)
         self.eos = self._control("eos_token", EOS_NAMES)
         self.stop_ids = frozenset([self.eos, *(self.special[name] for name in STOP_NAMES if name in self.special)])
+        self.chat_format: ChatFormat = "llama3" if START_HEADER in self.special else "llama2"
         self.hash = hashlib.sha256(files[form.file_name] + f"{self.bos} {self.eos}".encode()).hexdigest()
         start = form.encode("a")
         self.has_prefix_space = bool(start) and form.pieces[start[0]].startswith(b" ")
@@ -256,7 +260,7 @@ class Tokenizer:
             (Path(folder) / name).write_bytes(data)
 
     def to_hf(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json with which `AutoTokenizer` gives the same ids.
+        """Write tokenizer.json, tokenizer_config.json and the chat template: `AutoTokenizer` then gives the same ids.
 
         Raises TokenizerError for a SentencePiece model that is not a plain BPE.
         """
@@ -275,6 +279,7 @@ class Tokenizer:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "tokenizer.json").write_text(json.dumps(spec, ensure_ascii=False, indent=1), "utf-8")
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=1), "utf-8")
+        (Path(folder) / TEMPLATE_FILE).write_text(chat_template(self.chat_format), "utf-8")
 
 
 class Detokenizer:

@@ -1,94 +1,141 @@
 """Checkpoints: one manifest over two stores. A checkpoint exists once its manifest.json has its name, and not before.
 
 RUN/checkpoints/step-00000100/{tensors/ (torch DCP), manifest.json}; it names the row partitions, which are in RUN/rows.
+A save is two acts: `take_snapshot` between two steps, then `write`, at once or while training goes on.
 """
 
+import copy
+import errno
 import fcntl
-import hashlib
-import json
+import math
 import os
-import pickle
 import shutil
 import socket
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata
 
 import puna
-from puna.errors import CheckpointError, RunLocked
+from puna.errors import CheckpointError, DiskFull, RunLocked
 from puna.train import mesh
-from puna.train.rows import newest
+from puna.train.config import CheckpointConfig
+from puna.train.manifest import (
+    FORMAT_VERSION,
+    Manifest,
+    complete_steps,
+    damages,
+    folder_of,
+    incomplete,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
+from puna.train.rows import RowStore, newest
 from puna.train.task import Cursor, Json, Rows, State, Tensors, module_tensors
+from puna.train.tensor_files import read_tensors, write_tensors
 
-FORMAT_VERSION = 1
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}  # from a version to the next one
-HASHED_BYTES = 1 << 20  # files up to this size are hashed; larger ones are known by their size
-METADATA = "torch.distributed.checkpoint.metadata"
-DTYPE_NAMES = frozenset(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))
+T = TypeVar("T")
+
+HASHED_BYTES = 1 << 20  # a load hashes files up to this size, and knows larger ones by their size; verify hashes all
 LOCK_SECONDS = 2.0  # a killed process may take this long to leave
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+RECORD_BYTES, INDEX_BYTES = 4096, 1 << 20  # more than DCP adds: around each tensor on each rank, and once
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """All that a checkpoint holds."""
+class Snapshot:
+    """What a checkpoint will hold, and nothing that training changes."""
 
-    format_version: int
     cursor: Cursor
-    world_size: int
+    heldout_loss: float | None
+    tensors: dict[str, Tensor]
     json: dict[str, Any]
-    tensors: dict[str, list[int]]  # shape of every tensor, by "STATE.NAME"
-    rows: dict[str, dict[str, dict[str, Any]]]  # state -> partition -> file, bytes, sha256
-    files: dict[str, dict[str, Any]]  # path in the checkpoint's folder -> bytes, and sha256 of small ones
-    versions: dict[str, str]
-    time: float
+    stores: dict[str, RowStore]
+    rows: dict[str, dict[str, dict[str, Any]]]
+    superseded: dict[str, set[str]]  # row files on disk that this checkpoint does not name
 
-    @property
-    def num_bytes(self) -> int:
-        """On disk, row partitions included."""
-        rows = sum(entry["bytes"] for table in self.rows.values() for entry in table.values())
-        return rows + sum(entry["bytes"] for entry in self.files.values())
+
+def take_snapshot(state: State, cursor: Cursor, heldout_loss: float | None = None, *, copied: bool = False) -> Snapshot:
+    """The state between two steps. Every rank calls it.
+
+    copied: tensors in host memory, so that training may go on; otherwise they are the live ones. Row partitions are
+    files that nobody changes, and need no copy.
+    """
+    stores = {name: item.store for name, item in state.items() if isinstance(item, Rows)}
+    found = {name: set(store.files()) for name, store in stores.items()}
+    tables = mesh.gather({name: store.snapshot() for name, store in stores.items()})
+    rows = {name: newest(table[name] for table in tables) for name in stores}
+    for name, store in stores.items():
+        store.restore(rows[name])
+    tensors = {key: tensor.detach() for key, tensor in _flat(state).items()}
+    return Snapshot(
+        cursor,
+        heldout_loss if heldout_loss is not None and math.isfinite(heldout_loss) else None,
+        {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()} if copied else tensors,
+        copy.deepcopy({name: item.get() for name, item in state.items() if isinstance(item, Json)}),
+        stores,
+        rows,
+        {name: found[name] - {entry["file"] for entry in rows[name].values()} for name in stores},
+    )
+
+
+def write(
+    run: Path, snapshot: Snapshot, retention: CheckpointConfig, group: dist.ProcessGroup | None = None
+) -> Manifest:
+    """Write a checkpoint aside, commit it, then drop what `retention` does not keep. Every rank calls it.
+
+    group: the process group to do it over, one of its own where the ranks train meanwhile. Raises DiskFull or
+    CheckpointError on all ranks where one could not write; what was written is gone then, all else is as it was.
+    """
+    step = snapshot.cursor.units
+    folder = folder_of(run, step)
+    everywhere = partial(_everywhere, group, f"the checkpoint of step {step} could not be written")
+    everywhere(lambda: _make_folder(run, folder) if mesh.rank() == 0 else None)
+    try:
+        files = everywhere(lambda: write_tensors(folder / "tensors", snapshot.tensors, group))
+        manifest = _manifest(snapshot, {f"tensors/{name}": part[name] for part in files for name in sorted(part)})
+        everywhere(lambda: _commit(folder, snapshot, manifest) if mesh.rank() == 0 else None)
+    except CheckpointError:
+        if mesh.rank() == 0:
+            _remove(folder)
+        raise
+    dropping = f"the checkpoint of step {step} is written, but older ones could not be dropped"
+    _everywhere(group, dropping, lambda: _retain(run, snapshot, retention) if mesh.rank() == 0 else None)
+    return manifest
 
 
 def save(run: Path, state: State, cursor: Cursor, keep: int) -> Manifest:
-    """Write a checkpoint aside, commit it, drop all but the newest `keep` and that of step 0. Every rank calls it."""
-    folder = _folder(run, cursor.units)
-    tables = {name: item.store for name, item in state.items() if isinstance(item, Rows)}
-    snapshots = mesh.gather({name: store.snapshot() for name, store in tables.items()})
-    rows = {name: newest(snapshot[name] for snapshot in snapshots) for name in tables}
-    for name, store in tables.items():
-        store.restore(rows[name])
-    if mesh.rank() == 0:
-        for path in incomplete(run):
-            shutil.rmtree(path)
-        (folder / "tensors").mkdir(parents=True)
-    mesh.barrier()
-    tensors = _flat(state)
-    if tensors:
-        _quietly(dcp.save, tensors, storage_writer=dcp.FileSystemWriter(folder / "tensors"))
-    mesh.barrier()
-    manifest = None
-    if mesh.rank() == 0:
-        manifest = _manifest(folder, state, cursor, tensors, rows)
-        _commit(folder, manifest)
-        _prune(run, keep)
-        _sweep_rows(run, tables)
-    return mesh.from_rank_0(manifest)
+    """Write the state as it is; keep the newest `keep` checkpoints and that of step 0. Every rank calls it."""
+    return write(run, take_snapshot(state, cursor), CheckpointConfig(keep=keep))
+
+
+def needed_bytes(state: State) -> int:
+    """Disk that a checkpoint takes at most, over all ranks; row partitions are there already."""
+    tensors = _flat(state).values()
+    numbers = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return numbers + RECORD_BYTES * len(tensors) * mesh.world_size() + INDEX_BYTES
+
+
+def kept(losses: Mapping[int, float | None], retention: CheckpointConfig) -> set[int]:
+    """Which of the steps that are there (with their held-out loss) stay: the newest, the best, every n-th, step 0."""
+    steps = sorted(losses)
+    best = sorted((loss, step) for step, loss in losses.items() if loss is not None)[: int(retention.keep_best)]
+    every = [step for step in steps if retention.keep_every and step % retention.keep_every == 0]
+    first = [step for step in steps if step == 0]
+    return {*[step for step in steps if step][-retention.keep :], *(step for _, step in best), *every, *first}
 
 
 def latest(run: Path) -> Manifest | None:
     """The newest complete checkpoint's manifest, or None."""
-    steps = complete_steps(run)
-    return read_manifest(run, steps[-1]) if steps else None
+    return read_manifest(run) if complete_steps(run) else None
 
 
 def load(run: Path, state: State, step: int | None = None) -> Manifest:
@@ -96,7 +143,7 @@ def load(run: Path, state: State, step: int | None = None) -> Manifest:
 
     Raises CheckpointError where the checkpoint is missing or damaged or does not fit the state. Every rank calls it.
     """
-    manifest = read_manifest(run, step)
+    manifest = verify(run, step, hash_up_to=HASHED_BYTES)
     held = {"json": manifest.json, "rows": manifest.rows}
     for kind, names in held.items():
         wanted = {name for name, item in state.items() if isinstance(item, Json if kind == "json" else Rows)}
@@ -119,7 +166,7 @@ def load_module(run: Path, module: nn.Module, step: int | None = None, name: str
 
     name: its state in the checkpoint, such as "model", or "average.model" for averaged weights. Raises CheckpointError.
     """
-    manifest = read_manifest(run, step)
+    manifest = verify(run, step, hash_up_to=HASHED_BYTES)
     if not any(key.startswith(f"{name}.") for key in manifest.tensors):
         raise _other_state(run, manifest, {name})
     tensors = {f"{name}.{key}": tensor for key, tensor in module_tensors(module).items()}
@@ -127,43 +174,12 @@ def load_module(run: Path, module: nn.Module, step: int | None = None, name: str
     return manifest
 
 
-def complete_steps(run: Path) -> list[int]:
-    """Steps of the checkpoints that have a manifest, oldest first."""
-    return sorted(
-        int(path.parent.name.removeprefix("step-")) for path in _checkpoints(run).glob("step-*/manifest.json")
-    )
-
-
-def incomplete(run: Path) -> list[Path]:
-    """Folders of saves that were cut short (or of checkpoints whose removal was)."""
-    return sorted(path for path in _checkpoints(run).glob("step-*") if not (path / "manifest.json").exists())
-
-
-def read_manifest(run: Path, step: int | None = None) -> Manifest:
-    """The manifest of `step` (None: the newest), migrated to this version, files checked. Raises CheckpointError."""
-    steps = complete_steps(run)
-    if not steps or (step is not None and step not in steps):
-        wanted = "no complete checkpoint" if step is None else f"no complete checkpoint of step {step}"
-        there = ", ".join(map(str, steps)) or "none"
-        raise CheckpointError(f"{_checkpoints(run)} has {wanted}", f"Steps that are there: {there}.")
-    folder = _folder(run, steps[-1] if step is None else step)
-    path = folder / "manifest.json"
-    try:
-        manifest = _parse(_migrated(json.loads(path.read_text(encoding="utf-8")), path))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}", "Remove that folder to use an older checkpoint."
-        ) from error
-    _check_files(folder, manifest)
-    return manifest
-
-
-def verify(run: Path, step: int | None = None) -> Manifest:
-    """Hash every file that has a hash, row partitions too. Raises CheckpointError naming the first damaged one."""
+def verify(run: Path, step: int | None = None, *, hash_up_to: float = math.inf) -> Manifest:
+    """Hash every file of a checkpoint (those up to so many bytes). Raises CheckpointError for the first damaged one."""
     manifest = read_manifest(run, step)
-    for name, table in manifest.rows.items():
-        for entry in table.values():
-            _check_file(run / "rows" / name / entry["file"], entry, hashed=True)
+    for _, damage in damages(run, manifest, hash_up_to=hash_up_to):
+        if damage:
+            raise damage
     return manifest
 
 
@@ -198,14 +214,6 @@ def _take_lock(file: Any) -> str | None:
         return None
 
 
-def _checkpoints(run: Path) -> Path:
-    return Path(run) / "checkpoints"
-
-
-def _folder(run: Path, step: int) -> Path:
-    return _checkpoints(run) / f"step-{step:08d}"
-
-
 def _flat(state: State) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": tensor
@@ -215,111 +223,90 @@ def _flat(state: State) -> dict[str, Tensor]:
     }
 
 
-def _quietly(act: Callable[..., Any], *words: Any, **named: Any) -> None:
-    """DCP without a process group, which it warns of."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        act(*words, no_dist=not dist.is_initialized(), **named)
+def _everywhere(group: dist.ProcessGroup | None, problem: str, act: Callable[[], T]) -> list[T]:
+    """`act` on every rank; its results by rank. What stopped it on one is raised on all, with that rank's number."""
+    result: T | None = None
+    told: tuple[str, bool] | None = None
+    try:
+        result = act()
+    except Exception as error:
+        told = f"{type(error).__name__}: {error}", isinstance(error, OSError) and error.errno in NO_ROOM
+    answers: list[Any] = [(result, told)]
+    if dist.is_initialized():
+        answers *= mesh.world_size()
+        dist.all_gather_object(answers, (result, told), group=group)
+    failures = {rank: told for rank, (_, told) in enumerate(answers) if told}
+    if failures:
+        where = "; ".join(f"rank {rank}: {text}" for rank, (text, _) in failures.items())
+        full = any(full for _, full in failures.values())
+        raise (DiskFull if full else CheckpointError)(
+            f"{problem}: {where}",
+            f"{'Free space there' if full else 'Mend that'}; what was saved before is as it was, and the same command "
+            "resumes from it.",
+        )
+    return [result for result, _ in answers]
 
 
-def _manifest(
-    folder: Path, state: State, cursor: Cursor, tensors: dict[str, Tensor], rows: dict[str, dict[str, dict[str, Any]]]
-) -> Manifest:
-    files = {str(path.relative_to(folder)): _fingerprint(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+def _make_folder(run: Path, folder: Path) -> None:
+    for path in incomplete(run):
+        shutil.rmtree(path)
+    (folder / "tensors").mkdir(parents=True)
+
+
+def _manifest(snapshot: Snapshot, files: dict[str, dict[str, Any]]) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
-        cursor=cursor,
+        cursor=snapshot.cursor,
+        heldout_loss=snapshot.heldout_loss,
         world_size=mesh.world_size(),
-        json={name: item.get() for name, item in state.items() if isinstance(item, Json)},
-        tensors={key: list(tensor.shape) for key, tensor in tensors.items()},
-        rows=rows,
+        json=snapshot.json,
+        tensors={key: list(tensor.shape) for key, tensor in snapshot.tensors.items()},
+        rows=snapshot.rows,
         files=files,
         versions={"puna": puna.__version__, "torch": torch.__version__},
         time=round(time.time(), 3),
     )
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    return {"bytes": size} | ({"sha256": _sha256(path)} if size <= HASHED_BYTES else {})
+def _commit(folder: Path, snapshot: Snapshot, manifest: Manifest) -> None:
+    """The files are synced; so are then the folders with their names, and last of all the manifest."""
+    for store in snapshot.stores.values():
+        sync_folder(store.folder)
+    sync_folder(folder / "tensors")
+    write_manifest(folder, manifest)
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _remove(folder: Path) -> None:
+    """A checkpoint, or what there is of one; a kill on the way leaves an incomplete one."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
-def _commit(folder: Path, manifest: Manifest) -> None:
-    """DCP has synced its files; sync the folders, then let the manifest appear under its name."""
-    _sync_folder(folder / "tensors")
-    temporary = folder / "manifest.json.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_folder(folder)
-    _sync_folder(folder.parent)
-    os.replace(temporary, folder / "manifest.json")
-    _sync_folder(folder)
+def _retain(run: Path, snapshot: Snapshot, retention: CheckpointConfig) -> None:
+    """Drop checkpoints, then the row files that none names any more (but no row file while a manifest is damaged)."""
+    steps = complete_steps(run)
+    manifests = {step: _undamaged(run, step) for step in steps} if retention.keep_best or snapshot.stores else {}
+    losses = {step: manifest.heldout_loss if (manifest := manifests.get(step)) else None for step in steps}
+    stay = kept(losses, retention)
+    for step in set(steps) - stay:
+        _remove(folder_of(run, step))
+    staying = [manifest for step in stay if (manifest := manifests.get(step))]
+    for name, store in snapshot.stores.items():
+        named = {entry["file"] for manifest in staying for entry in manifest.rows.get(name, {}).values()}
+        if len(staying) == len(stay):
+            store.sweep(snapshot.superseded[name] - named)
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _undamaged(run: Path, step: int) -> Manifest | None:
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _prune(run: Path, keep: int) -> None:
-    steps = [step for step in complete_steps(run) if step]
-    for step in steps[:-keep]:
-        folder = _folder(run, step)
-        (folder / "manifest.json").unlink()
-        shutil.rmtree(folder)
-
-
-def _sweep_rows(run: Path, tables: dict[str, Any]) -> None:
-    """Drop partition files that no checkpoint names any more."""
-    manifests = [read_manifest(run, step) for step in complete_steps(run)] if tables else []
-    for name, store in tables.items():
-        store.sweep(entry["file"] for manifest in manifests for entry in manifest.rows.get(name, {}).values())
-
-
-def _migrated(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    version = raw["format_version"]
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}; this Puna ({puna.__version__}) reads up to {FORMAT_VERSION}",
-            f"Use the Puna that wrote it ({raw.get('versions', {}).get('puna', 'a newer one')}) or newer.",
-        )
-    while version < FORMAT_VERSION:
-        raw, version = MIGRATIONS[version](raw), version + 1
-    return raw | {"format_version": FORMAT_VERSION}
-
-
-def _parse(raw: dict[str, Any]) -> Manifest:
-    return Manifest(**(raw | {"cursor": Cursor(**raw["cursor"])}))
-
-
-def _check_files(folder: Path, manifest: Manifest) -> None:
-    for name, entry in manifest.files.items():
-        _check_file(folder / name, entry, hashed="sha256" in entry)
-
-
-def _check_file(path: Path, entry: dict[str, Any], *, hashed: bool) -> None:
-    size = path.stat().st_size if path.is_file() else None
-    fix = "The checkpoint is damaged; remove its folder to use an older one."
-    if size != entry["bytes"]:
-        found = "is missing" if size is None else f"has {size}"
-        raise CheckpointError(f"{path} should have {entry['bytes']} bytes and {found}", fix)
-    if hashed and _sha256(path) != entry["sha256"]:
-        raise CheckpointError(f"{path} has other contents than were saved (SHA-256 differs)", fix)
+        return read_manifest(run, step)
+    except CheckpointError:
+        return None
 
 
 def _load_tensors(run: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: str) -> None:
     """In place; `tensors` and what the checkpoint holds under `prefix` must have the same names and shapes."""
-    folder = _folder(run, manifest.cursor.units)
+    folder = folder_of(run, manifest.cursor.units)
     held = {key: shape for key, shape in manifest.tensors.items() if key.startswith(prefix)}
     fix = "Use the recipe that the checkpoint was made with, or another run directory."
     for key, tensor in tensors.items():
@@ -330,48 +317,12 @@ def _load_tensors(run: Path, manifest: Manifest, tensors: dict[str, Tensor], pre
             raise CheckpointError(f"{folder} holds {key} as {held[key]}, but here it is {list(tensor.shape)}", fix)
     if extra := sorted(held.keys() - tensors.keys()):
         raise CheckpointError(f"{folder} holds {extra[0]} ({len(extra)} such), which has no place here", fix)
-    if tensors:
-        _quietly(dcp.load, tensors, storage_reader=_Reader(folder / "tensors"))
+    read_tensors(folder / "tensors", tensors)
 
 
 def _other_state(run: Path, manifest: Manifest, names: set[str]) -> CheckpointError:
-    states = sorted({*(key.split(".")[0] for key in manifest.tensors), *manifest.json, *manifest.rows})
     return CheckpointError(
-        f"{_folder(run, manifest.cursor.units)} and this task do not both have {', '.join(sorted(names))}; "
-        f"the checkpoint holds {', '.join(states)}",
+        f"{folder_of(run, manifest.cursor.units)} and this task do not both have {', '.join(sorted(names))}; "
+        f"the checkpoint holds {', '.join(sorted(manifest.states))}",
         "Use the recipe that the checkpoint was made with, or another run directory.",
     )
-
-
-class _Reader(dcp.FileSystemReader):
-    """DCP's reader, whose index is a pickle: this one builds only what an index is made of. Raises CheckpointError."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        with (folder / ".metadata").open("rb") as file:
-            self._index: Metadata = _IndexUnpickler(file).load()
-
-    def read_metadata(self, *words: Any, **named: Any) -> Metadata:
-        """The index, read before DCP could wrap what is wrong with it."""
-        assert self._index.storage_meta is not None
-        self._index.storage_meta.load_id = self.load_id
-        return self._index
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    ALLOWED = frozenset(
-        {
-            *((METADATA, name) for name in ("Metadata", "TensorStorageMetadata", "TensorProperties", "MetadataIndex")),
-            *((METADATA, name) for name in ("ChunkStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING")),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("pathlib", "PosixPath"),
-            ("pathlib._local", "PosixPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED or (module == "torch" and name in DTYPE_NAMES):
-            return super().find_class(module, name)
-        raise CheckpointError(f"the index of a checkpoint asks for {module}.{name}", "Do not load this checkpoint.")

@@ -28,6 +28,16 @@ class RunConfig(Section):
     num_processes: int = setting(1, "processes on this machine; ignored under torchrun", "processes", ge=1)
     num_threads: int = setting(0, "intra-op threads a process; 0: cores divided by processes", "threads", ge=0)
     tensorboard: bool = setting(True, "write TensorBoard files beside events.jsonl")
+    hang_seconds: float = setting(
+        0.0,
+        "longest time without progress in a step before the run is ended as hung and RUN/hang.txt names the rank; "
+        "0: 20 times the median step and at least 120 (a single process is not watched then)",
+        "seconds",
+        ge=0,
+    )
+    max_restarts: int = setting(
+        0, "times that all processes start again, from the newest checkpoint, after a rank died or hung", ge=0
+    )
 
 
 class TrainConfig(Section):
@@ -95,6 +105,9 @@ class MeshConfig(Section):
     reshard_after_forward: bool = setting(
         True, "true: full shard (least memory); false: grad-op, parameters stay gathered until backward"
     )
+    shared_memory: bool = setting(
+        True, "CPU processes of one machine exchange shards through memory they share; false: through sockets"
+    )
 
 
 class CheckpointConfig(Section):
@@ -102,7 +115,16 @@ class CheckpointConfig(Section):
 
     every: int = setting(100, "units of work between checkpoints", "steps", ge=1)
     keep: int = setting(2, "newest checkpoints kept", "checkpoints", ge=1)
+    keep_best: bool = setting(False, "also keep the checkpoint of the lowest held-out loss")
+    keep_every: int = setting(
+        0, "also keep every checkpoint whose step is a multiple of this; 0: only those above", "steps", ge=0
+    )
     initial: bool = setting(False, "also save (and keep) the state before the first step")
+    asynchronous: bool = setting(
+        False,
+        "false: training waits for a checkpoint; true: it goes on while a copy of the state is written, which takes "
+        "that much host memory more",
+    )
 
 
 class EvalConfig(Section):
@@ -123,4 +145,19 @@ class LoopConfig(Section):
     def _eval_needs_tokens(self) -> "LoopConfig":
         if self.eval.every and not self.eval.tokens:
             raise ValueError("eval.every is set but eval.tokens is 0; set eval.tokens to the held-out tokens to score")
+        return self
+
+    @model_validator(mode="after")
+    def _retention_meets_checkpoints(self) -> "LoopConfig":
+        every, kept = self.checkpoint.every, self.checkpoint.keep_every
+        if kept % every:
+            raise ValueError(
+                f"checkpoint.keep_every is {kept} but checkpoints are made every {every} steps (checkpoint.every); "
+                f"make it a multiple, such as {-(-kept // every) * every}"
+            )
+        if self.checkpoint.keep_best and (not self.eval.every or every % self.eval.every):
+            raise ValueError(
+                f"checkpoint.keep_best needs held-out figures at every checkpoint, but eval.every is {self.eval.every} "
+                f"and checkpoint.every {every}; set eval.every to {every} or a divisor of it"
+            )
         return self

@@ -1,6 +1,8 @@
 """Local processes that die together: one for each rank, watched, and killed by the kernel should the launcher die.
 
-Under torchrun (RANK is set) nothing is launched. Meeting place is a file in a temporary folder, so no port is chosen.
+Under torchrun, Slurm or Ray (RANK is set) nothing is launched. Meeting place is a file in a temporary folder, so no
+port is chosen. A process knows its role and its rank within it by torchrun's names: ROLE_NAME, ROLE_RANK,
+ROLE_WORLD_SIZE.
 """
 
 import ctypes
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,8 @@ from types import FrameType
 from typing import Any, BinaryIO, NoReturn
 
 import puna.errors
-from puna.errors import PunaError, RankFailed, UserError
+from puna.console import err
+from puna.errors import Hung, PunaError, RankFailed, UserError
 
 POLL_SECONDS = 0.02
 LAST_WORDS_SECONDS = 5.0  # for the other ranks to end by themselves after a Puna error, which all of them meet
@@ -37,68 +40,108 @@ class _Worker:
     process: subprocess.Popen[bytes]
     log: Path
     error: Path
+    watched: Path
     pumps: list[Thread]
 
 
-def launch(target: str, arguments: Sequence[str], num_processes: int, run: Path, num_threads: int = 0) -> None:
+def launch(
+    target: str,
+    arguments: Sequence[str],
+    num_processes: int | Mapping[str, int],
+    run: Path,
+    num_threads: int = 0,
+    max_restarts: int = 0,
+) -> None:
     """Call `target` ("module:function") with the string arguments in every rank; returns when all have.
 
-    In this process where there is one rank only, or under torchrun. Otherwise each worker writes RUN/logs/rank-N.log;
-    rank 0 is shown too. A PunaError of a worker is raised here; RankFailed names a rank that died of anything else.
-    SIGTERM and SIGINT are passed on. num_threads: intra-op threads of a process; 0: cores divided by processes.
+    num_processes: how many, or how many of each role ({"trainer": 4, "lock": 1}; ranks are dealt in this order). In
+    this process where there is one rank only, or where a launcher has set RANK. Otherwise each worker writes
+    RUN/logs/rank-N.log; rank 0 is shown too. A PunaError of a worker is raised here; RankFailed and Hung name the rank,
+    and up to `max_restarts` times start all ranks again. SIGTERM and SIGINT are passed on. num_threads: intra-op
+    threads of a process; 0: cores divided by processes.
     """
-    if num_processes == 1 or "RANK" in os.environ:
-        _resolve(target)(*arguments)
+    roles = dict(num_processes) if isinstance(num_processes, Mapping) else {"trainer": num_processes}
+    if sum(roles.values()) == 1 or "RANK" in os.environ:
+        resolve(target)(*arguments)
         return
     (run / "logs").mkdir(parents=True, exist_ok=True)
+    for restart in range(max_restarts + 1):
+        signals: list[int] = []
+        try:
+            _launch_once([target, *arguments], _places(roles), run, num_threads, restart, signals)
+            return
+        except (RankFailed, Hung) as error:
+            if signals or restart == max_restarts:
+                raise
+            err.print(f"{error}\nrestart {restart + 1} of {max_restarts}", markup=False, soft_wrap=True)
+
+
+def _launch_once(
+    words: list[str], places: list[dict[str, Any]], run: Path, num_threads: int, restart: int, signals: list[int]
+) -> None:
     meeting = Path(tempfile.mkdtemp(prefix="puna-"))
     workers: list[_Worker] = []
     try:
-        with _signals_passed_to(workers):
-            for rank in range(num_processes):
-                environment = _environment(rank, num_processes, num_threads, meeting)
-                workers.append(_start(rank, [target, *arguments], environment, run, meeting))
+        with _signals_passed_to(workers, signals):
+            for place in places:
+                environment = _environment(place | {"TORCHELASTIC_RESTART_COUNT": restart}, num_threads, meeting)
+                workers.append(_start(place["RANK"], words, environment, run, meeting))
             _watch(workers)
     finally:
         _kill(workers)
         shutil.rmtree(meeting)
 
 
-def _environment(rank: int, num_processes: int, num_threads: int, meeting: Path) -> dict[str, str]:
-    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // num_processes)
-    chosen = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": num_processes,
-        "LOCAL_WORLD_SIZE": num_processes,
+def _places(roles: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Where each process stands: its rank among all and in its role, by torchrun's names."""
+    size = sum(roles.values())
+    of_role = [(role, rank, count) for role, count in roles.items() for rank in range(count)]
+    return [
+        {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "ROLE_NAME": role,
+            "ROLE_RANK": role_rank,
+            "ROLE_WORLD_SIZE": count,
+        }
+        for rank, (role, role_rank, count) in enumerate(of_role)
+    ]
+
+
+def _environment(place: dict[str, Any], num_threads: int, meeting: Path) -> dict[str, str]:
+    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // place["WORLD_SIZE"])
+    chosen = place | {
         "PUNA_STORE": meeting / "store",
         "PUNA_LAUNCHER": os.getpid(),
-        "PUNA_ERROR_FILE": meeting / f"rank-{rank}.error",
+        "PUNA_ERROR_FILE": meeting / f"rank-{place['RANK']}.error",
         "PYTHONUNBUFFERED": 1,
     }
     if num_threads:
         chosen["OMP_NUM_THREADS"] = threads
-    defaults = {"OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo"}
-    if rank == 0 and sys.stderr.isatty():
+    defaults: dict[str, Any] = {"OMP_NUM_THREADS": threads, "GLOO_SOCKET_IFNAME": "lo"}
+    if place["RANK"] == 0 and sys.stderr.isatty():
         defaults |= {"TTY_COMPATIBLE": 1, "TTY_INTERACTIVE": 1, "COLUMNS": shutil.get_terminal_size().columns}
     text = [{k: str(v) for k, v in part.items()} for part in (defaults, chosen)]
     return text[0] | dict(os.environ) | text[1]
 
 
 def _start(rank: int, words: list[str], environment: dict[str, str], run: Path, meeting: Path) -> _Worker:
-    log, error = run / "logs" / f"rank-{rank}.log", meeting / f"rank-{rank}.error"
+    log = run / "logs" / f"rank-{rank}.log"
+    told = (meeting / f"rank-{rank}.error", meeting / f"rank-{rank}.watched")
     command = [sys.executable, "-m", "puna.train.launch", *words]
     # In a session of its own: Ctrl-C in a terminal reaches the launcher alone, which passes it on once.
     if rank:
         with log.open("ab") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
-        return _Worker(rank, process, log, error, [])
+        return _Worker(rank, process, log, *told, [])
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, start_new_session=True)
     pumps = [Thread(target=_pump, args=(source, fd, log)) for fd, source in ((1, process.stdout), (2, process.stderr))]
     for pump in pumps:
         pump.start()
-    return _Worker(rank, process, log, error, pumps)
+    return _Worker(rank, process, log, *told, pumps)
 
 
 def _pump(source: BinaryIO, shown: int, log: Path) -> None:
@@ -130,18 +173,27 @@ def _watch(workers: list[_Worker]) -> None:
 
 
 def _raise_for(failed: list[_Worker], workers: list[_Worker]) -> NoReturn:
-    told = next((worker for worker in failed if worker.error.is_file()), None)
-    if told:
+    if any(worker.error.is_file() for worker in failed) or any(worker.watched.is_file() for worker in workers):
         deadline = time.monotonic() + LAST_WORDS_SECONDS
         while any(worker.process.poll() is None for worker in workers) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
     _kill(workers)
-    if told:
-        kind, words = json.loads(told.error.read_text(encoding="utf-8"))
-        raise getattr(puna.errors, kind)(*words)
     # A rank that a signal took is the cause; the others failed because it was gone.
     guilty = min(failed, key=lambda worker: (worker.process.returncode >= 0, worker.rank))
-    raise RankFailed(f"rank {guilty.rank} {_ending(guilty)}; the other ranks were stopped. Its log is {guilty.log}")
+    words = f"rank {guilty.rank} {_ending(guilty)}; the other ranks were stopped. Its log is {guilty.log}"
+    told = next((worker for worker in [*failed, *workers] if worker.error.is_file()), None)
+    if not told:
+        raise RankFailed(words)
+    error = error_in(told.error)
+    if isinstance(error, RankFailed) and guilty.process.returncode < 0:
+        raise RankFailed(f"{words}. {error}")
+    raise error
+
+
+def error_in(path: Path) -> PunaError:
+    """The error that a rank has left with `tell`."""
+    kind, words = json.loads(path.read_text(encoding="utf-8"))
+    return getattr(puna.errors, kind)(*words)
 
 
 def _ending(worker: _Worker) -> str:
@@ -163,8 +215,9 @@ def _kill(workers: list[_Worker]) -> None:
 
 
 @contextmanager
-def _signals_passed_to(workers: list[_Worker]) -> Iterator[None]:
+def _signals_passed_to(workers: list[_Worker], received: list[int]) -> Iterator[None]:
     def pass_on(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         for worker in workers:
             if worker.process.poll() is None:
                 worker.process.send_signal(number)
@@ -184,20 +237,40 @@ def die_with(parent: int) -> None:
         os._exit(128 + signal.SIGKILL)
 
 
-def _resolve(target: str) -> Callable[..., Any]:
+def resolve(target: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def words_of(error: PunaError) -> list[Any]:
+    """An error as JSON: its class and what to make it of."""
+    return [type(error).__name__, [error.problem, error.fix] if isinstance(error, UserError) else [str(error)]]
+
+
+def tell(error: PunaError) -> bool:
+    """Leave an error for the launcher, which raises it; False where nobody would."""
+    path = os.environ.get("PUNA_ERROR_FILE")
+    if not path:
+        return False
+    temporary = Path(path).with_suffix(".tmp")
+    temporary.write_text(json.dumps(words_of(error)), encoding="utf-8")
+    temporary.rename(path)
+    return True
+
+
+def watched() -> None:
+    """Let the launcher know that when a rank dies, a watchdog in the others will tell of it."""
+    if path := os.environ.get("PUNA_ERROR_FILE"):
+        Path(path).with_suffix(".watched").touch()
 
 
 def _work(target: str, arguments: list[str]) -> int:
     """What a worker does; its exit status. The launcher tells of a PunaError, so it is not printed here."""
     try:
-        _resolve(target)(*arguments)
+        resolve(target)(*arguments)
     except PunaError as error:
-        words = [error.problem, error.fix] if isinstance(error, UserError) else [str(error)]
-        path = Path(os.environ["PUNA_ERROR_FILE"])
-        path.with_suffix(".tmp").write_text(json.dumps([type(error).__name__, words]), encoding="utf-8")
-        path.with_suffix(".tmp").rename(path)
+        tell(error)
         return error.exit_code
     return 0
 

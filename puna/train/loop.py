@@ -12,7 +12,10 @@ from typing import Any
 from puna.errors import PunaError, Unfinished
 from puna.train import checkpoint, mesh
 from puna.train.config import LoopConfig
+from puna.train.divergence import FirstSteps
 from puna.train.metrics import MFU_FORMULA, Recorder, peak_memory_bytes
+from puna.train.phase import begin_unit, during, enter
+from puna.train.saver import Saver
 from puna.train.task import Cursor, StepReport, Task, seed_step
 
 
@@ -37,13 +40,15 @@ class Run:
         self.facts = {**(facts or {}), **self.described, "world_size": mesh.world_size(), "mfu_formula": MFU_FORMULA}
         self.facts |= {"peak_flops": peak_flops}
         self._mfu_per_rate = self.described.get("flops_per_token", 0) / (mesh.world_size() * peak_flops or math.inf)
-        self.cursor, self._saved, self._evaluated = Cursor(), -1, -1
+        self.cursor, self._evaluated = Cursor(), -1
+        self._heldout_loss: float | None = None
 
     def go(self) -> Cursor:
         """Work from the newest checkpoint (or the start) to the end of the work.
 
-        Raises Unfinished when stopped by SIGTERM or SIGINT, after saving; RunLocked; CheckpointError where the newest
-        checkpoint does not fit; and what the task raises, without saving.
+        Raises Unfinished when stopped by SIGTERM or SIGINT, or where the work ends before `total_tokens`, after saving;
+        RunLocked; CheckpointError where the newest checkpoint does not fit, or one could not be written; and what the
+        task raises, without saving.
         """
         with (
             checkpoint.hold_lock(self.run),
@@ -51,10 +56,12 @@ class Run:
             _Signals() as self._signals,
         ):
             try:
-                self._begin()
-                self._work()
-                self._evaluate()
-                self._save()
+                with Saver(self.run, self.config.checkpoint, self._record) as self._saver:
+                    self._begin()
+                    self._work()
+                    self._evaluate()
+                    self._save(last=True)
+                self._require_end()
             except PunaError as error:
                 self._record.event("stop", reason=str(error), error=type(error).__name__, step=self.cursor.units)
                 raise
@@ -69,7 +76,7 @@ class Run:
         manifest = checkpoint.latest(self.run)
         if manifest:
             checkpoint.load(self.run, self.task.state(), manifest.cursor.units)
-            self.cursor, self._saved = manifest.cursor, manifest.cursor.units
+            self.cursor, self._saver.step = manifest.cursor, manifest.cursor.units
             ranks = {"world_size": mesh.world_size(), "saved_world_size": manifest.world_size}
             self._record.event("resume", step=self.cursor.units, tokens=self.cursor.tokens, **ranks)
             self._record.say(
@@ -87,8 +94,11 @@ class Run:
         )
 
     def _work(self) -> None:
+        first_steps = FirstSteps(self.run, self.task)
         for unit, data_wait_s in _timed(self.task.units(self.cursor)):
             began = time.perf_counter()
+            begin_unit(self.cursor.units, self.task.samples(unit))
+            first_steps.check(self.cursor, unit)
             seed_step(self.config.run.seed, self.cursor.units, mesh.rank())
             report = self.task.step(unit)
             self.cursor = self.cursor.after(report.tokens)
@@ -96,7 +106,7 @@ class Run:
             if self._due(self.config.eval.every) and not stop:
                 self._evaluate()
             if self._due(self.config.checkpoint.every) or stop:
-                self._save()
+                self._save(last=stop)
             if stop:
                 raise Unfinished(
                     f"stopped by a signal at step {self.cursor.units}; the same command resumes from there"
@@ -107,8 +117,9 @@ class Run:
 
     def _after_step(self, report: StepReport, step_s: float, data_wait_s: float) -> bool:
         """Record the step (slowest rank's times, largest memory); whether any rank was asked to stop."""
-        mine = [float(self._signals.received), step_s, data_wait_s, float(peak_memory_bytes())]
-        stop, step_s, data_wait_s, memory = mesh.agree(mine, "max")
+        mine = [float(self._signals.received), float(self._saver.failed)]
+        mine += [step_s, data_wait_s, float(peak_memory_bytes())]
+        stop, save_failed, step_s, data_wait_s, memory = mesh.agree(mine, "max")
         tokens_per_s = report.tokens / (step_s + data_wait_s)
         mfu = {"mfu": tokens_per_s * self._mfu_per_rate} if self._mfu_per_rate else {}
         self._record.step(
@@ -124,31 +135,42 @@ class Run:
                 "step_s": step_s,
             }
         )
+        if save_failed:
+            self._saver.wait()
+        self._saver.collect()
         return bool(stop)
 
+    @during("evaluation")
     def _evaluate(self) -> None:
         if not self.config.eval.tokens or self._evaluated == self.cursor.units:
             return
-        self._evaluated = self.cursor.units
+        self._evaluated, self._heldout_loss = self.cursor.units, None
         if figures := self.task.evaluate("heldout"):
+            self._heldout_loss = figures.get("loss")
             self._record.evaluation(self.cursor.units, "heldout", figures)
 
-    def _save(self) -> None:
-        if self._saved == self.cursor.units:
-            return
-        began = time.perf_counter()
-        manifest = checkpoint.save(self.run, self.task.state(), self.cursor, self.config.checkpoint.keep)
-        self._saved = self.cursor.units
-        seconds = time.perf_counter() - began
-        self._record.event("checkpoint", step=self.cursor.units, seconds=seconds, bytes=manifest.num_bytes)
+    @during("checkpoint")
+    def _save(self, *, last: bool = False) -> None:
+        loss = self._heldout_loss if self._evaluated == self.cursor.units else None
+        self._saver.save(self.task.state(), self.cursor, loss, last=last)
+
+    def _require_end(self) -> None:
+        total = self.described.get("total_tokens", 0)
+        if self.cursor.tokens < total:
+            raise Unfinished(
+                f"the work ended at step {self.cursor.units} with {self.cursor.tokens:,} of {total:,} tokens done: "
+                "there is no more data"
+            )
 
 
 def _timed(units: Iterator[Any]) -> Iterator[tuple[Any, float]]:
     """Each unit with the seconds it was waited for."""
     began = time.perf_counter()
+    enter("data wait")
     for unit in units:
         yield unit, time.perf_counter() - began
         began = time.perf_counter()
+        enter("data wait")
 
 
 class _Signals:

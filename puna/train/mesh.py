@@ -1,12 +1,13 @@
-"""Processes and devices: the process group, the five-axis mesh, what one rank tells the others, the compute dtype."""
+"""Processes and devices: process group, roles, five-axis mesh, what one rank tells the others, the compute dtype."""
 
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from puna.errors import DeviceError, RecipeError
+from puna.train import flight, network
 from puna.train.config import MeshConfig, RunConfig
+from puna.train.phase import during
+from puna.train.shared_memory import shares_memory
 
 AXES = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -29,6 +33,7 @@ class Mesh:
     world_size: int
     sizes: dict[str, int]
     devices: DeviceMesh
+    shares_memory: bool = False  # the ranks of the axis dp_shard are processes of one machine, and go that way
 
     @property
     def data_parallel(self) -> DeviceMesh:
@@ -36,13 +41,15 @@ class Mesh:
         return self.devices["dp_replicate", "dp_shard"] if self.sizes["dp_replicate"] > 1 else self.devices["dp_shard"]
 
     def __str__(self) -> str:
-        return f"{self.world_size} x {self.device.type} [" + ", ".join(f"{a} {n}" for a, n in self.sizes.items()) + "]"
+        axes = ", ".join(f"{axis} {size}" for axis, size in self.sizes.items())
+        return f"{self.world_size} x {self.device.type} [{axes}]" + (", shared memory" if self.shares_memory else "")
 
 
 @contextmanager
-def open_mesh(run: RunConfig, config: MeshConfig) -> Iterator[Mesh]:
+def open_mesh(run: RunConfig, config: MeshConfig, on_meet: Callable[[], None] = lambda: None) -> Iterator[Mesh]:
     """Join the processes that the launcher (or torchrun) started; without one, be a group of one.
 
+    on_meet: called when all processes have met, before the axes are laid out, which takes their agreement on the mesh.
     Raises DeviceError (no such device), RecipeError (axes do not multiply to the world size).
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -50,10 +57,14 @@ def open_mesh(run: RunConfig, config: MeshConfig) -> Iterator[Mesh]:
     device = choose_device(run.device)
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
+    if size > 1:
+        flight.switch_on(Path(run.dir))
     join_group(rank, size, device)
+    on_meet()
     devices = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=AXES)
     try:
-        yield Mesh(device, rank, size, sizes, devices)
+        together = config.shared_memory and device.type == "cpu" and shares_memory(devices["dp_shard"].get_group())
+        yield Mesh(device, rank, size, sizes, devices, together)
     except BaseException:
         # Ranks may be gone: taking a group of several down would wait for them, and the process ends anyway.
         if size == 1:
@@ -95,10 +106,26 @@ def join_group(rank: int, world_size: int, device: torch.device) -> None:
     path = os.environ.get("PUNA_STORE")
     if world_size == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # alone, a host name that does not resolve does no harm
+    network.choose_interface()
     store = dist.FileStore(path, world_size) if path else dist.HashStore() if world_size == 1 else None
     cuda = device.type == "cuda"
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device if cuda else None)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What kind of process this is, and its rank among those of its kind."""
+
+    name: str
+    rank: int
+    size: int
+
+
+def role() -> Role:
+    """This process's role, as the launcher or `torchrun --role` gave it; trainer where nothing did."""
+    name = os.environ.get("ROLE_NAME", "trainer")
+    return Role(name, int(os.environ.get("ROLE_RANK", rank())), int(os.environ.get("ROLE_WORLD_SIZE", world_size())))
 
 
 def rank() -> int:
@@ -122,7 +149,8 @@ def agree(values: list[float], how: Literal["sum", "max"] = "sum") -> list[float
     if not dist.is_initialized():
         return values
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    with during("collective"):
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
@@ -131,7 +159,8 @@ def gather(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    with during("collective"):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -140,7 +169,8 @@ def from_rank_0(value: Any) -> Any:
     if not dist.is_initialized():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    with during("collective"):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 

@@ -1,6 +1,5 @@
 """Tables larger than memory: one NumPy file a partition, never changed in place."""
 
-import hashlib
 import os
 import re
 from collections.abc import Iterable
@@ -12,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import CheckpointError
+from puna.train.hashed import Hashed
 
 _FILE = re.compile(r"(?P<partition>.+)\.(?P<version>\d{8})\.npy$")
 
@@ -45,12 +45,12 @@ class RowStore:
         name = f"{partition}.{self._last_version(partition) + 1:08d}.npy"
         temporary = self.folder / f"{name}.tmp"
         with temporary.open("wb") as file:
-            hashed = _Hashed(file)
+            hashed = Hashed(file)
             np.lib.format.write_array(hashed, np.ascontiguousarray(rows), allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self.folder / name)
-        self._current[partition] = PartitionFile(name, hashed.size, hashed.sha.hexdigest())
+        self._current[partition] = PartitionFile(name, **hashed.fingerprint)
 
     def __contains__(self, partition: str) -> bool:
         return partition in self._current
@@ -72,12 +72,14 @@ class RowStore:
                 )
         self._current = entries
 
-    def sweep(self, kept: Iterable[str]) -> None:
-        """Remove every file that is not in `kept` (names in the manifests that stay) and not current."""
-        names = set(kept) | {entry.file for entry in self._current.values()}
-        for path in self.folder.iterdir():
-            if path.name not in names:
-                path.unlink()
+    def files(self) -> list[str]:
+        """Every file on disk now: current, superseded, half-written."""
+        return [entry.name for entry in os.scandir(self.folder)]
+
+    def sweep(self, names: Iterable[str]) -> None:
+        """Remove these files. The caller knows that no manifest names them and that none of them is current."""
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _last_version(self, partition: str) -> int:
         """Highest version on disk, whoever wrote it: a number is never used twice."""
@@ -93,15 +95,3 @@ def newest(snapshots: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str
             if partition not in merged or merged[partition]["file"] < entry["file"]:
                 merged[partition] = entry
     return merged
-
-
-class _Hashed:
-    """A file that hashes what passes through it."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.sha, self.size = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self.sha.update(data)
-        self.size += len(data)
-        return self.file.write(data)

@@ -20,7 +20,9 @@ from torch.optim import Optimizer
 from puna.errors import DataError, NonFinite
 from puna.train import mesh
 from puna.train.optim import Average, LossScale, local, optimizer_tensors, sharded_over
+from puna.train.phase import during
 from puna.train.rows import RowStore
+from puna.train.sharding import refuse_early
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class Task(ABC):
         """Figures on a split that is not trained on; none by default."""
         return {}
 
+    def samples(self, unit: Any) -> Sequence[Any]:
+        """Names of this rank's samples of a unit, for reports; no other rank's unit may have one of them."""
+        return ()
+
     def describe(self) -> dict[str, Any]:
         """Facts for the start record and the bar; the loop knows `total_tokens` and `flops_per_token`."""
         return {}
@@ -138,6 +144,7 @@ class GradientTask(Task):
         average: Average | None = None,
         averages: Callable[[int], bool] = lambda tokens: True,
     ) -> None:
+        refuse_early(modules, optimizers)
         self.modules, self.optimizers = dict(modules), dict(optimizers)
         self.learning_rate, self.clip = learning_rate, clip
         self.loss_scale, self.average, self.averages = loss_scale, average, averages
@@ -171,6 +178,7 @@ class GradientTask(Task):
             metrics["loss_scale"] = scale
         return StepReport(loss_sum / weight, weight, unit.tokens, metrics)
 
+    @during("forward/backward")
     def accumulate(self, unit: GradientUnit, factor: float) -> list[Tensor]:
         """Forward and backward of every micro-batch; gradients of sum x factor, reduced in the last one only.
 
@@ -184,6 +192,10 @@ class GradientTask(Task):
             (loss * factor).backward()
         self._average_plain_gradients()
         return losses
+
+    def samples(self, unit: GradientUnit) -> list[Any]:
+        """The ids of its micro-batches."""
+        return _ids(unit.batches)
 
     def state(self) -> State:
         """Modules, optimisers, and where there are any the loss scale and the averaged weights."""
@@ -219,6 +231,7 @@ class GradientTask(Task):
                 module.set_requires_gradient_sync(last)
                 module.set_is_last_backward(last)
 
+    @during("collective")
     def _average_plain_gradients(self) -> None:
         plain = [p.grad for p in self._parameters if p.grad is not None and not isinstance(p, DTensor)]
         if mesh.world_size() == 1 or not plain:
@@ -229,6 +242,7 @@ class GradientTask(Task):
         for grad, piece in zip(plain, flat.split([grad.numel() for grad in plain]), strict=True):
             grad.copy_(piece.view_as(grad))
 
+    @during("collective")
     @torch.no_grad()
     def _vote(self, unit: GradientUnit, losses: list[Tensor], scale: float) -> tuple[float, float]:
         """Loss sum over ranks and global gradient norm, by one all-reduce; NonFinite on all ranks if one is not finite.
@@ -259,6 +273,7 @@ class GradientTask(Task):
         where = "; ".join(f"rank {r}: {what}, samples {_few(ids)}" for r, what, ids in told)
         return f"step {unit.cursor.units + 1} is not finite and was not taken; no weight changed. {where}"
 
+    @during("optimizer")
     @torch.no_grad()
     def _update(self, norm: float, scale: float, tokens: int) -> None:
         factor = (min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0) / scale

@@ -74,7 +74,7 @@ def test_pieces_follow_the_pattern(tokenizer):
 
 
 def test_chat_format_works(tokenizer):
-    ids = render(tokenizer, [Message("user", "hi")])
+    ids = render(tokenizer, [Message("user", "hi")]).ids
     assert tokenizer.decode(ids) == "user\n\nhiassistant\n\n"
 
 

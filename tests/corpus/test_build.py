@@ -1,5 +1,6 @@
 """The whole pipeline on planted corpora: what is removed and why, what is made again, what a kill leaves."""
 
+import gzip
 import json
 import os
 import re
@@ -7,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import backports.zstd as zstd
+import pyarrow.parquet
 import pytest
 
 from puna.corpus.build import FILES, build_corpus
@@ -85,8 +88,8 @@ def test_filtered_documents_are_counted_not_fatal(planter, tmp_path, rows):
     (planter.folder / "junk.bin").write_bytes(bytes(range(256)))
     (planter.folder / "empty.py").write_text("")
     report = build_corpus(str(planter.folder), tmp_path / "out", heldout=0.5)
-    assert report["removed"] == {"binary": 1, "not_utf8": 1, "too_short": 1}
-    expected = {"latin.txt": "not_utf8", "junk.bin": "binary", "empty.py": "too_short"}
+    assert report["removed"] == {"binary": 1, "empty": 1, "not_utf8": 1}
+    expected = {"latin.txt": "not_utf8", "junk.bin": "binary", "empty.py": "empty"}
     assert {row["id"]: row["reason"] for row in rows(tmp_path / "out/removed.jsonl")} == expected
 
 
@@ -196,9 +199,53 @@ def test_changed_while_it_is_read(planter, tmp_path, monkeypatch):
     assert not (tmp_path / "out/corpus.json").exists()
 
 
+def test_all_forms_of_one_folder(planter, tmp_path, rows):
+    """The same kinds of documents out of text, rows, tables, pages and archives."""
+    texts = {}
+    for name in ("a.txt", "b.py", "c.md.gz", "d.jsonl", "e.jsonl.zst", "f.parquet", "g.html", "h.warc.gz"):
+        words = planter.words()
+        text = "\n".join(" ".join(words[i : i + 12]) + "." for i in range(0, len(words), 12))
+        page = "".join(f"<p>{line}</p>" for line in text.split("\n"))
+        html = f"<html><body><article>{page}</article></body></html>".encode()
+        block = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n\r\n" + html
+        record = b"WARC/1.0\r\nWARC-Type: response\r\nContent-Length: %d\r\n\r\n%s\r\n\r\n" % (len(block), block)
+        path, row = planter.folder / name, json.dumps({"text": text}).encode() + b"\n"
+        if name == "f.parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": [text]}), path)
+        else:
+            content = {"d": row, "e": row, "g": html, "h": record}.get(name[0], text.encode())
+            packed = {".gz": gzip.compress, ".zst": zstd.compress}.get(path.suffix, bytes)(content)
+            path.write_bytes(packed)
+        texts[name + ":1" * (name[0] in "defh")] = text
+    report = build_corpus(str(planter.folder), tmp_path / "out", heldout=0.2)
+    found = {row["id"]: row["text"] for name in FILES[:2] for row in rows(tmp_path / "out" / name)}
+    assert {id: text.split() for id, text in found.items()} == {id: text.split() for id, text in texts.items()}
+    assert report["removed"] == {}
+    assert build_corpus(str(planter.folder), tmp_path / "out", heldout=0.2)["up_to_date"]
+
+
+@pytest.mark.parametrize("change", ["more", "fewer"])
+def test_rows_that_come_and_go_while_they_are_read(planter, tmp_path, monkeypatch, change):
+    from puna.corpus import build
+
+    path = planter.folder / "a.jsonl"
+    lines = [json.dumps({"text": " ".join(planter.words())}) + "\n" for _ in range(6)]
+    path.write_text("".join(lines[:5]))
+
+    def meddle(*arguments):
+        path.write_text("".join(lines if change == "more" else lines[:4]))
+        return check(*arguments)
+
+    check = build.check_no_leak
+    monkeypatch.setattr(build, "check_no_leak", meddle)
+    with pytest.raises(DataError, match=r" changed while it was read\. Build again when it is at rest"):
+        build_corpus(str(planter.folder), tmp_path / "out")
+    assert not (tmp_path / "out/corpus.json").exists()
+
+
 def test_mistakes_are_named(planter, tmp_path):
     source, out = str(planter.folder), tmp_path / "out"
-    with pytest.raises(DataError, match=r"There is nothing to read at no/such\. Give a folder of text"):
+    with pytest.raises(DataError, match=r"There is nothing to read at no/such\. Give a folder or a file of text"):
         build_corpus("no/such", out)
     with pytest.raises(DataError, match=r"The folder .* holds no files"):
         build_corpus(source, out)

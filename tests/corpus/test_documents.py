@@ -6,7 +6,7 @@ import platform
 
 import pytest
 
-from puna.corpus.documents import MAX_BYTES, open_source
+from puna.corpus.documents import open_source
 from puna.errors import DataError
 
 
@@ -31,7 +31,7 @@ def test_single_file(tmp_path):
     assert [d.data for d in open_source(str(tmp_path / "two.txt.gz"))] == [b"more text"]
 
 
-def test_json_lines_plain_and_compressed(tmp_path):
+def test_rows_of_json_lines_are_documents(tmp_path):
     content = "\n".join(json.dumps({"text": text, "other": 1}) for text in ("one", "zwei ß", "\ud800")) + "\n\n"
     (tmp_path / "a.jsonl").write_text(content)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content.encode()))
@@ -43,34 +43,34 @@ def test_json_lines_plain_and_compressed(tmp_path):
     assert open_source(str(tmp_path)).num_documents is None
 
 
-@pytest.mark.parametrize("row", ['{"text": 3}', '{"txt": "a"}', "[]", '"text"', "{", '{"text": "a"} x'])
-def test_bad_row_is_named(tmp_path, row):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + row + "\n")
-    with pytest.raises(DataError, match=r"Row 2 of .*a\.jsonl is not a JSON object with a string under the key text"):
-        ids(tmp_path)
-
-
-def test_cut_gzip_is_named(tmp_path):
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 500)[:-20])
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be read \(Compressed file ended"):
-        ids(tmp_path)
+def test_damaged_files_do_not_end_the_reading(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match=r"a\.jsonl\.gz cannot be read \(Not a gzipped file"):
-        ids(tmp_path)
+    (tmp_path / "b.txt").write_bytes(b"text")
+    documents = list(open_source(str(tmp_path)))
+    assert [(d.id, d.data, d.reason) for d in documents] == [("a.jsonl.gz", b"", "damaged"), ("b.txt", b"text", "")]
+    assert documents[0].detail == "Not a gzipped file (b'no')"
+
+
+def test_a_file_that_vanishes(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"text")
+    source = open_source(str(tmp_path))
+    (tmp_path / "a.txt").unlink()
+    assert [(d.id, d.reason) for d in source] == [("a.txt", "unreadable")]
+    assert source.sha256()
+
+
+def test_the_library_that_extracts_pages_is_part_of_the_result(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"text")
+    assert open_source(str(tmp_path)).libraries == {}
+    (tmp_path / "b.warc.gz").write_bytes(b"")
+    assert list(open_source(str(tmp_path)).libraries) == ["trafilatura"]
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(DataError, match=r"There is nothing to read at .*none\. Give a folder of text or code files, a"):
+    with pytest.raises(DataError, match=r"There is nothing to read at .*none\. Give a folder or a file of text, code"):
         open_source(str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"The folder .* holds no files\. Give a folder"):
         open_source(str(tmp_path))
-
-
-def test_large_files_are_read_up_to_the_limit(tmp_path):
-    with open(tmp_path / "big", "wb") as file:
-        file.truncate(MAX_BYTES + 100)
-    (document,) = open_source(str(tmp_path))
-    assert len(document.data) == MAX_BYTES + 1
 
 
 def test_hash_depends_on_names_and_content(tmp_path):

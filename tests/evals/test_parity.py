@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from puna.evals.parity import parity
 from puna.llama import hub, meta, rope
 from puna.llama.attention import Mask
 from puna.llama.cache import DenseCache
+from puna.llama.config import LlamaConfig
 from puna.llama.loss import IGNORED
+from puna.llama.model import Llama
 from puna.llama.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers")
@@ -63,6 +66,19 @@ def test_sixteen_bits_have_their_own_tolerance(root):
 def test_built_in_prompts(root):
     assert parities.read_prompts(root / "prompts.jsonl") == PROMPTS
     assert len(set(parities.PROMPTS)) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "vocab_size", "theta"), [("tok-llama2", 32_000, 1e4), ("tok-llama3", 128_256, 5e5)])
+def test_meta_folders_with_the_official_tokenizers(tmp_path, data_dir, name, vocab_size, theta):
+    config = LlamaConfig(
+        num_layers=1, dim=32, ffn_dim=64, num_heads=2, num_kv_heads=2, head_dim=16, vocab_size=vocab_size,
+        rope_theta=theta,
+    )  # fmt: skip
+    model = Llama(config)
+    model.init_weights(1)
+    meta.save(model.state_dict(), config, tmp_path / "meta", num_parts=2, tokenizer_dir=data_dir / name)
+    assert parity(tmp_path / "meta")["failures"] == []
 
 
 # --- what is wrong is noticed
@@ -150,6 +166,16 @@ def test_rows_are_packed_up_to_the_context():
     assert [[len(row) for row in pack] for pack in parities.packs(rows, 8)] == [[3, 4], [5], [20], [1]]
 
 
+def test_ids_that_only_the_model_has_are_never_drawn():
+    def model(tokens, **others):
+        scores = torch.tensor([0.0, 1.0, 3.0, 2.0, 9.0])
+        return SimpleNamespace(logits=scores.expand(1, tokens.shape[1], 5), past_key_values="kept")
+
+    model.device = torch.device("cpu")
+    assert parities.Peer(model, None).greedy([1, 2], num_ids=4, stop_ids={2}) == [2]
+    assert parities.Peer(model, None).greedy([1, 2], num_ids=4, stop_ids={3}) == [2] * parities.NEW_TOKENS
+
+
 # --- what is given
 
 
@@ -171,7 +197,7 @@ def test_prompts_that_cannot_be_read(tmp_path):
 
 
 def test_a_prompt_that_is_too_long_is_named(root, tmp_path):
-    (tmp_path / "long.txt").write_text("the\n" + "the llama " * 60)
+    (tmp_path / "long.txt").write_text("the\n" + "the llama " * 35)
     words = r"prompt 2 has \d+ tokens; with 32 new ones it exceeds the model's context of 96"
     with pytest.raises(DataError, match=words):
         parity(root / "hf", tmp_path / "long.txt")

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from puna import cli
 from puna.errors import CheckpointError
 from puna.llama import folder as files
 from puna.llama import hub, meta
@@ -248,6 +250,13 @@ def test_feed_forward_widths_of_the_published_models(dim, multiple_of, multiplie
     assert meta.ffn_dim(dim, keys["multiple_of"], keys.get("ffn_dim_multiplier")) == width
 
 
+def test_any_width_of_the_feed_forward_can_be_told():
+    for dim in (48, 100, 768, 3_072):
+        for width in range(1, 12_000, 7):
+            keys = meta.ffn_params(dim, width)
+            assert meta.ffn_dim(dim, keys["multiple_of"], keys.get("ffn_dim_multiplier")) == width
+
+
 def test_every_difference_of_every_part_is_named(tmp_path):
     state = random_state(LLAMA_3)
     folder = write_parts(state, LLAMA_3, tmp_path / "meta", 2)
@@ -433,20 +442,30 @@ def test_export_to_meta_and_back(tmp_path, data_dir):
     )  # fmt: skip
     model = Llama(config)
     model.init_weights(1)
-    tokenizer = Tokenizer.load(data_dir / "tok-llama2")
-    tokenizer.to_hf(tmp_path / "tokenizer")
-    hub.save(model.state_dict(), config, tmp_path / "hf", tokenizer_dir=tmp_path / "tokenizer")
+    hub.save(model.state_dict(), config, tmp_path / "hf", tokenizer_dir=data_dir / "tok-llama2")
     figures = hub.export_meta(tmp_path / "hf", tmp_path / "meta", dtype="bf16", num_parts=2)
     assert (figures["num_parts"], figures["num_parameters"]) == (2, config.num_parameters)
     loaded = hub.load(tmp_path / "meta")
     assert loaded.config == config
     assert torch.equal(loaded.model.head, model.head.bfloat16())
     assert loaded.tokenizer_dir == tmp_path / "meta"
-    shutil.copy(data_dir / "tok-llama2" / "tokenizer.model", tmp_path / "meta")
-    (tmp_path / "meta" / "tokenizer.json").unlink()
     params = json.loads((tmp_path / "meta" / "params.json").read_text()) | {"vocab_size": -1}
     (tmp_path / "meta" / "params.json").write_text(json.dumps(params))
     again = hub.load(tmp_path / "meta")
     own = Tokenizer.load(again.tokenizer_dir)
     assert (again.config.vocab_size, own.vocab_size, own.bos, own.eos) == (32_000, 32_000, 1, 2)
     assert own.encode("This is a test sentence.") == [910, 338, 263, 1243, 10541, 29889]
+
+
+def test_the_verb_exports_to_meta(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(hub, "export_meta", lambda *given: seen.append(given) or {"num_parts": 4})
+    words = ["puna", "export", "some", "--to", "meta", "--out", "o", "--parts", "4", "--dtype", "fp16", "--json"]
+    for extra, status, out in (([], 0, '{"num_parts": 4}\n'), (["--check"], 2, "")):
+        monkeypatch.setattr(sys, "argv", [*words, *extra])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        told = capsys.readouterr()
+        assert (left.value.code, told.out) == (status, out)
+    assert "check a Meta folder with: puna parity OUT" in told.err
+    assert seen == [(Path("some"), Path("o"), None, "fp16", 4)]

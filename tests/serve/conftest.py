@@ -14,6 +14,7 @@ import torch
 import uvicorn
 
 from puna.engine.generator import Generator
+from puna.llama.dialog import REFERENCE, Style
 from puna.serve.api.app import create_app
 from puna.serve.api.server import bind
 
@@ -22,10 +23,10 @@ from tiny_llama import tiny_model, tiny_tokenizer
 
 
 @contextmanager
-def running(generator: Generator) -> Iterator[str]:
+def running(generator: Generator, style: Style = REFERENCE) -> Iterator[str]:
     """The address of a server over `generator`."""
     listener = bind("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(create_app(generator, "tiny"), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(create_app(generator, "tiny", style=style), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     while not server.started:

@@ -28,7 +28,7 @@ def events(http, ask) -> list[str]:
 
 def test_an_answer_is_the_engines(client, generator):
     answer = client.chat.completions.create(**ASK)
-    prompt = render(generator.tokenizer, [Message("system", "Be brief."), Message("user", "Who eats grass?")])
+    prompt = render(generator.tokenizer, [Message("system", "Be brief."), Message("user", "Who eats grass?")]).ids
     expected = generator.generate([prompt], params=SamplingParams(12, 1, 1, 4))[0]
     (choice,) = answer.choices
     assert (choice.message.role, choice.message.content) == ("assistant", expected.text)

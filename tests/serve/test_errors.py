@@ -11,6 +11,11 @@ USER = [{"role": "user", "content": "x"}]
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
+def called(arguments: str) -> dict:
+    """An assistant's message that calls a function."""
+    return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
+
+
 def fault(response, status) -> dict:
     """The error of an answer, its shape checked."""
     assert response.status_code == status, response.text
@@ -31,7 +36,10 @@ def fault(response, status) -> dict:
         (TEXT, {"suffix": "x"}, "suffix", "unsupported_parameter", "suffix is not supported"),
         (TEXT, {"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter", "logit_bias is not supported"),
         (CHAT, {"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter", "is not supported"),
-        (CHAT, {"tools": [{"type": "function"}]}, "tools", "unsupported_parameter", "tools is not supported"),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions", "unsupported_parameter", "functions is not supported"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter", "is missing"),
+        (CHAT, {"tools": [{"type": "code"}]}, "tools[0].type", "invalid_value", 'is "code"; it must be "function"'),
+        (CHAT, {"tool_choice": "required"}, "tool_choice", "invalid_value", 'it must be "none" or "auto"'),
         (CHAT, {"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter", "leave it"),
         (TEXT, {"temperature": "hot"}, "temperature", "invalid_value", 'temperature is "hot"; it must be a'),
         (TEXT, {"temperature": 2.5}, "temperature", "invalid_value", "temperature is 2.5; it must be a number from 0"),
@@ -64,8 +72,16 @@ def fault(response, status) -> dict:
         (CHAT, {"messages": ["x"]}, "messages", "invalid_value", 'messages is ["x"]; it must be a list'),
         (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter", "is missing"),
         (
-            CHAT, {"messages": [*USER, {"role": "tool", "content": "x"}]}, "messages[1].role", "invalid_value",
-            'messages[1].role is "tool"; it must be "system", "developer", "user" or "assistant"',
+            CHAT, {"messages": [*USER, {"role": "boss", "content": "x"}]}, "messages[1].role", "invalid_value",
+            'messages[1].role is "boss"; it must be "system", "developer", "user", "assistant" or "tool"',
+        ),
+        (
+            CHAT, {"messages": [*USER, called("[]")]}, "messages[1].tool_calls[0].function.arguments", "invalid_value",
+            "arguments is not a string that holds a JSON object",
+        ),
+        (
+            CHAT, {"messages": [*USER, called("{}") | {"content": "x"}]}, "messages", "invalid_value",
+            "Message 1 of the assistant has both content and tool calls",
         ),
         (
             CHAT, {"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages[0].nam", "unknown_parameter",

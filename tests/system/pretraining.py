@@ -1,5 +1,6 @@
 """Real pretraining runs in processes that can be killed."""
 
+import sys
 from pathlib import Path
 
 from processes import context, finish, start
@@ -22,6 +23,14 @@ def work(run: str) -> None:
     from puna.run import work
 
     work(run)
+
+
+def command(*words: str) -> None:
+    """The command line."""
+    from puna import cli
+
+    sys.argv = ["puna", *words]
+    cli.main()
 
 
 def train(run: Path, shards: Path, *overrides: str, size: int = 1) -> list[int | None]:

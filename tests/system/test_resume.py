@@ -7,9 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
-from pretraining import losses, prepare, train, work
+from pretraining import command, losses, prepare, train, work
 from processes import finish, start
 
+from puna import resume
+from puna.errors import DiskFull, RecipeError
 from puna.train import checkpoint
 from puna.train.metrics import read_events
 
@@ -48,11 +50,13 @@ def killed(run: Path, rng: random.Random) -> bool:
 
 
 def kill_and_resume(num_kills: int, seed: int, run: Path, shards: Path, straight: list[float]) -> None:
+    """Every other attempt saves aside."""
     rng = random.Random(seed)
-    prepare(run, shards, *STEPS)
+    prepare(run, shards, *STEPS, "--checkpoint.asynchronous", "true")
     kills = 0
     while kills < num_kills and killed(run, rng):
         kills += 1
+        prepare(run, shards, *STEPS, "--checkpoint.asynchronous", str(kills % 2 == 0).lower())
         for step in checkpoint.complete_steps(run):
             checkpoint.verify(run, step)
     assert finish(start(work, str(run), size=2, folder=run.parent)) == [0, 0]
@@ -81,6 +85,42 @@ def test_another_number_of_processes(size: int, shards: Path, straight: list[flo
     assert 0 < resumed["step"] < NUM_STEPS
     assert (resumed["saved_world_size"], resumed["world_size"]) == (2, size)
     assert losses(run) == pytest.approx(straight, rel=1e-5)
+
+
+def test_a_command_that_is_stopped_ends_with_4_and_resume_goes_on(
+    shards: Path, straight: list[float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`puna train`, SIGTERM, the folder moves; `puna resume` does what `puna resume --explain` says."""
+    first, run = tmp_path / "first", tmp_path / "run"
+    words = ("train", "tiny", "--run.dir", str(first), "--data.path", str(shards), *STEPS)
+    (process,) = start(command, *words, "--train.micro_batch", "8")
+    while sum(event["event"] == "step" for event in read_events(first)) < 6:
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.terminate()
+    assert finish([process]) == [4]
+    first.rename(run)
+    told = resume.explain(run)
+    assert told["cursor"]["step"] == read_events(run)[-1]["step"] >= 6
+    assert set(told["restored"]) == {"model", "optim"}
+    assert told["redone"]["steps"] == 0
+    assert "pass 1, " in told["data"]
+    with pytest.raises(RecipeError, match=r"train.lr is 0.003 there, 1.0 here"):
+        resume.explain(run, ["--train.lr", "1.0"])
+    assert finish(start(command, "resume", str(run), "--json")) == [0]
+    resumed = next(event for event in read_events(run) if event["event"] == "resume")
+    assert resumed["step"] == told["cursor"]["step"]
+    assert losses(run) == pytest.approx(straight, rel=1e-5)
+    assert not first.exists()
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_starts(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("puna.train.disk.free_bytes", lambda folder: 1_000_000)
+    with pytest.raises(DiskFull, match=r"the checkpoints of .*run do not fit: 3 of 1\.8 MiB need 5\.4 MiB"):
+        prepare(tmp_path / "run", shards, *STEPS)
+    assert not (tmp_path / "run").exists()
 
 
 def _stopped_half_way(run: Path, shards: Path) -> list[int | None]:

@@ -1,5 +1,6 @@
 """The manifest and its two stores: whole or not there, and every misfit named."""
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from puna.errors import CheckpointError, RunLocked
-from puna.train import checkpoint, mesh
+from puna.train import checkpoint, manifest, mesh
 from puna.train.optim import Average
 from puna.train.rows import RowStore
 from puna.train.task import Cursor, Json, Rows, State, Tensors
@@ -45,9 +46,9 @@ class Holder:
 def test_all_three_kinds_come_back(tmp_path: Path) -> None:
     Holder(tmp_path, 7.0).save(tmp_path, 3)
     holder = Holder(tmp_path, 1.0)
-    manifest = checkpoint.load(tmp_path, holder.state())
-    assert manifest.cursor == Cursor(3, 30)
-    assert manifest == checkpoint.latest(tmp_path) == checkpoint.verify(tmp_path, 3)
+    loaded = checkpoint.load(tmp_path, holder.state())
+    assert loaded.cursor == Cursor(3, 30)
+    assert loaded == checkpoint.latest(tmp_path) == checkpoint.verify(tmp_path, 3)
     assert (holder.tensors["a"] == 7).all()
     assert holder.tensors["b"] == 7
     assert (holder.store.read("0") == 7).all()
@@ -55,17 +56,20 @@ def test_all_three_kinds_come_back(tmp_path: Path) -> None:
 
 
 def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
-    manifest = Holder(tmp_path).save(tmp_path, 3)
+    written = Holder(tmp_path).save(tmp_path, 3)
     folder = tmp_path / "checkpoints" / "step-00000003"
     raw = json.loads((folder / "manifest.json").read_text())
-    assert (raw["format_version"], raw["world_size"]) == (1, 1)
+    assert (raw["format_version"], raw["world_size"]) == (2, 1)
     assert raw["cursor"] == {"units": 3, "tokens": 30}
     assert raw["tensors"] == {"weights.a": [3, 2], "weights.b": []}
     assert raw["versions"]["torch"] == torch.__version__
     files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
     del files["manifest.json"]
     assert {name: entry["bytes"] for name, entry in raw["files"].items()} == files
-    assert manifest.num_bytes == sum(files.values()) + (tmp_path / "rows/users/0.00000001.npy").stat().st_size
+    assert {name: entry["sha256"] for name, entry in raw["files"].items()} == {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files
+    }
+    assert written.num_bytes == sum(files.values()) + (tmp_path / "rows/users/0.00000001.npy").stat().st_size
 
 
 def test_the_newest_and_the_initial_one_are_kept(tmp_path: Path) -> None:
@@ -117,6 +121,10 @@ def damaged(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Pat
         (damaged("tensors/__0_0.distcp", lambda b: b[:-1] + b"x"), r"__0_0\.distcp has other contents than were saved"),
         (damaged("tensors/.metadata", lambda b: b"y" + b[1:]), r"\.metadata has other contents than were saved"),
         (damaged("manifest.json", lambda b: b[:-9]), r"manifest\.json is damaged"),
+        (
+            damaged("manifest.json", lambda b: b.replace(b"30", b"31")),
+            r"manifest\.json has other contents than were saved",
+        ),
         (damaged("manifest.json", lambda b: b"{}"), r"manifest\.json is damaged: 'format_version'"),
         (
             damaged("../../rows/users/0.00000001.npy", lambda b: None),
@@ -126,8 +134,8 @@ def damaged(name: str, change: Callable[[bytes], bytes | None]) -> Callable[[Pat
 )
 def test_damage_is_named(damage: Callable[[Path], None], words: str, tmp_path: Path) -> None:
     holder = Holder(tmp_path)
-    holder.save(tmp_path, 1)
-    damage(tmp_path / "checkpoints" / "step-00000001")
+    holder.save(tmp_path, 3)
+    damage(tmp_path / "checkpoints" / "step-00000003")
     with pytest.raises(CheckpointError, match=words):
         checkpoint.load(tmp_path, holder.state())
 
@@ -172,19 +180,34 @@ def test_older_manifests_are_migrated_and_newer_ones_refused(tmp_path: Path, mon
     holder.save(tmp_path, 1)
     path = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
     raw = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in raw.items() if k != "world_size"} | {"format_version": 0, "ranks": 5}))
+    older = {k: v for k, v in raw.items() if k not in ("world_size", "heldout_loss", "sha256")}
+    path.write_text(json.dumps(older | {"format_version": 0, "ranks": 5}))
     monkeypatch.setitem(
-        checkpoint.MIGRATIONS,
+        manifest.MIGRATIONS,
         0,
         lambda old: {k: v for k, v in old.items() if k != "ranks"} | {"world_size": old["ranks"]},
     )
-    manifest = checkpoint.load(tmp_path, holder.state())
-    assert (manifest.format_version, manifest.world_size) == (1, 5)
-    path.write_text(json.dumps(raw | {"format_version": 2, "versions": {"puna": "9.9"}}))
+    loaded = checkpoint.load(tmp_path, holder.state())
+    assert (loaded.format_version, loaded.world_size, loaded.heldout_loss) == (2, 5, None)
+    path.write_text(json.dumps(raw | {"format_version": 3, "versions": {"puna": "9.9"}}))
     with pytest.raises(
-        CheckpointError, match=r"has format version 2; this Puna .* reads up to 1. Use the Puna .* \(9\.9\)"
+        CheckpointError, match=r"has format version 3; this Puna .* reads up to 2. Use the Puna .* \(9\.9\)"
     ):
         checkpoint.load(tmp_path, holder.state())
+
+
+def test_a_checkpoint_of_the_first_format_is_read_and_verified(tmp_path: Path) -> None:
+    """Version 1 had no hash of itself, and none of large files."""
+    holder = Holder(tmp_path, 4.0)
+    holder.save(tmp_path, 1)
+    path = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
+    raw = json.loads(path.read_text())
+    for entry in raw["files"].values():
+        del entry["sha256"]
+    first = {k: v for k, v in raw.items() if k not in ("heldout_loss", "sha256")}
+    path.write_text(json.dumps(first | {"format_version": 1}))
+    checkpoint.verify(tmp_path)
+    assert checkpoint.load(tmp_path, Holder(tmp_path).state()).heldout_loss is None
 
 
 def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -200,7 +223,8 @@ def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
     index.write_bytes(pickle.dumps(Evil()))
     raw = json.loads((folder / "manifest.json").read_text())
     raw["files"]["tensors/.metadata"] = {"bytes": index.stat().st_size}
-    (folder / "manifest.json").write_text(json.dumps(raw))
+    del raw["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(raw | {"sha256": manifest._digest(raw)}))
     with pytest.raises(CheckpointError, match=r"asks for .*Do not load this checkpoint"):
         checkpoint.load(tmp_path, holder.state())
     assert not (tmp_path / "owned").exists()

@@ -105,6 +105,42 @@ def test_a_dead_rank_is_named_at_once(how: str, words: str, tmp_path: Path) -> N
     assert time.monotonic() - began < 20
 
 
+def test_roles_and_ranks_within_them(tmp_path: Path) -> None:
+    launch("workers:note_role", [str(tmp_path)], {"trainer": 2, "lock": 1}, tmp_path)
+    found = [(tmp_path / f"role-{rank}").read_text() for rank in range(3)]
+    assert found == ["0 3 trainer 0 2", "1 3 trainer 1 2", "2 3 lock 0 1"]
+
+
+def test_a_lost_rank_starts_all_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launch("workers:fail_at_first", [str(tmp_path), "9"], 2, tmp_path, max_restarts=2)
+    assert {path.name for path in tmp_path.glob("start-*")} >= {"start-1-0", "start-0-1", "start-1-1"}
+    said = capsys.readouterr().err
+    assert "rank 1 was killed by SIGKILL" in said
+    assert "restart 1 of 2" in said
+
+
+@pytest.mark.parametrize(("how", "kind", "restarts"), [("9", RankFailed, 1), ("user", DataError, 0)])
+def test_restarts_end_and_a_mistake_is_not_repeated(
+    how: str,
+    kind: type,
+    restarts: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("puna.train.launch.LAST_WORDS_SECONDS", 0.2)
+    with pytest.raises(kind):
+        launch("workers:fail", [how, "1"], 2, tmp_path, max_restarts=1)
+    assert capsys.readouterr().err.count("restart 1 of 1") == restarts
+
+
+def test_the_words_of_a_watchdog_are_waited_for(tmp_path: Path) -> None:
+    with pytest.raises(
+        RankFailed, match=r"rank 1 was killed by SIGKILL; .*rank-1\.log\. rank 1 died, last seen in data"
+    ):
+        launch("workers:watch_over_a_death", [str(tmp_path)], 3, tmp_path)
+
+
 def test_killing_the_launcher_leaves_no_process(tmp_path: Path) -> None:
     launcher = context.Process(target=workers.launch_sleepers, args=(str(tmp_path),))
     launcher.start()

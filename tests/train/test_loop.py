@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import toys
+from pydantic import ValidationError
 
-from puna.errors import CheckpointError, NonFinite
+from puna.errors import CheckpointError, NonFinite, Unfinished
 from puna.train import checkpoint
 from puna.train.config import CheckpointConfig, EvalConfig, LoopConfig, RunConfig
 from puna.train.loop import Run
@@ -145,3 +146,65 @@ def test_the_loop_costs_little(tmp_path: Path) -> None:
     began = time.process_time()
     run(Plain(300), tmp_path, every=1000)
     assert time.process_time() - began < 300 * 2e-3 + 0.3
+
+
+class Short(Plain):
+    """Promises more than there is."""
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"total_tokens": 100}
+
+
+def test_work_that_ends_before_its_tokens_is_unfinished(tmp_path: Path) -> None:
+    words = "^the work ended at step 5 with 40 of 100 tokens done: there is no more data$"
+    for _ in range(2):  # resumed, it is unfinished still
+        with pytest.raises(Unfinished, match=words) as caught:
+            run(Short(), tmp_path)
+        assert caught.value.exit_code == 4
+    assert steps_of(tmp_path, "step") == [1, 2, 3, 4, 5]
+    assert checkpoint.complete_steps(tmp_path) == [4, 5], "what was done is saved"
+    assert read_events(tmp_path)[-1]["error"] == "Unfinished"
+
+
+class Judged(Plain):
+    """Held-out losses as given, by evaluation."""
+
+    LOSSES = (5.0, 2.0, math.nan, 3.0, 2.0, 4.0, 4.0)
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        self.evaluations = getattr(self, "evaluations", 0) + 1
+        return {"loss": self.LOSSES[self.evaluations - 1]}
+
+
+def test_the_best_and_every_nth_checkpoint_are_kept(tmp_path: Path) -> None:
+    run(Judged(14), tmp_path, every=2, eval_every=2, keep=1, keep_best=True, keep_every=6, initial=True)
+    assert checkpoint.complete_steps(tmp_path) == [0, 4, 6, 12, 14]
+    losses = {step: checkpoint.read_manifest(tmp_path, step).heldout_loss for step in (0, 4, 6, 12, 14)}
+    assert losses == {0: None, 4: 2.0, 6: None, 12: 4.0, 14: 4.0}
+
+
+def test_an_evaluation_of_another_step_says_nothing_of_a_checkpoint(tmp_path: Path) -> None:
+    run(Judged(5), tmp_path, every=2, eval_every=3)
+    assert checkpoint.read_manifest(tmp_path, 4).heldout_loss is None
+    assert checkpoint.read_manifest(tmp_path, 5).heldout_loss == 2.0, "the end is always evaluated"
+
+
+@pytest.mark.parametrize(
+    ("retention", "evaluation", "words"),
+    [
+        (
+            {"every": 4, "keep_every": 6},
+            {},
+            "keep_every is 6 .* every 4 steps .*make it a multiple, such as 8",
+        ),
+        (
+            {"every": 4, "keep_best": True},
+            {},
+            "keep_best needs held-out .*eval.every is 0 .*set eval.every to 4",
+        ),
+        ({"every": 4, "keep_best": True}, {"every": 3}, "eval.every is 3 and checkpoint.every 4"),
+    ],
+)
+def test_retention_that_cannot_be_is_refused(retention: Any, evaluation: Any, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        LoopConfig(checkpoint=CheckpointConfig(**retention), eval=EvalConfig(**evaluation))

@@ -34,13 +34,14 @@ def test_versions_rise_whoever_writes(tmp_path: Path) -> None:
     assert (merged["0"]["file"], list(merged)) == ("0.00000002.npy", ["0", "0.x"])
 
 
-def test_sweeping_keeps_what_is_named_and_what_is_current(tmp_path: Path) -> None:
+def test_sweeping_removes_what_is_named_and_nothing_else(tmp_path: Path) -> None:
     store = RowStore(tmp_path, "users")
-    for step in range(4):
+    for step in range(3):
         store.write("0", ROWS + step)
     (store.folder / "1.00000001.npy.tmp").write_bytes(b"torn")
-    store.sweep(["0.00000002.npy"])
-    assert sorted(path.name for path in store.folder.iterdir()) == ["0.00000002.npy", "0.00000004.npy"]
+    assert sorted(store.files()) == [*(f"0.0000000{n}.npy" for n in (1, 2, 3)), "1.00000001.npy.tmp"]
+    store.sweep(["0.00000001.npy", "1.00000001.npy.tmp", "2.00000001.npy.tmp"])
+    assert sorted(store.files()) == ["0.00000002.npy", "0.00000003.npy"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "short"])

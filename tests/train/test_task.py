@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from puna.errors import DataError, NonFinite
+from puna.errors import DataError, NonFinite, ShardingError
 from puna.train import mesh
 from puna.train.optim import LossScale
 from puna.train.task import Cursor, GradientTask, seed_step
@@ -246,3 +246,9 @@ def test_the_random_numbers_of_a_step_are_a_function_of_seed_unit_and_rank() -> 
 
     assert draw(1, 2, 3) == draw(1, 2, 3)
     assert len({draw(*key) for key in [(1, 2, 3), (0, 2, 3), (1, 1, 3), (1, 2, 0), (12, 3, 0)]}) == 5
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    early = torch.optim.SGD(toys.network(1).parameters(), lr=0.1)
+    with pytest.raises(ShardingError, match="optimiser sgd holds 4 of 4 parameters that no module has"):
+        GradientTask.__init__(Task.__new__(Task), {"model": toys.network(2)}, {"sgd": early})

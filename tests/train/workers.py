@@ -1,11 +1,13 @@
 """What the launcher's tests have ranks do; nothing here imports torch, so that they start at once."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
-from puna.errors import DataError, NonFinite, Unfinished
+from puna.errors import DataError, NonFinite, RankFailed, Unfinished
+from puna.train.launch import watched
 
 
 def note(folder: str) -> None:
@@ -45,3 +47,29 @@ def launch_sleepers(folder: str) -> None:
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)
     launch("workers:sleep", [folder], 2, Path(folder))
+
+
+def note_role(folder: str) -> None:
+    """Leave the role that this rank was given."""
+    keys = ("RANK", "WORLD_SIZE", "ROLE_NAME", "ROLE_RANK", "ROLE_WORLD_SIZE")
+    Path(folder, f"role-{os.environ['RANK']}").write_text(" ".join(os.environ[key] for key in keys))
+
+
+def fail_at_first(folder: str, how: str) -> None:
+    """Rank 1 fails unless it has been started again."""
+    restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    Path(folder, f"start-{os.environ['RANK']}-{restart}").touch()
+    if restart == "0":
+        fail(how, "1")
+
+
+def watch_over_a_death(folder: str) -> None:
+    """Rank 1 is killed; the others have a watchdog, which takes a moment to tell of it."""
+    watched()
+    Path(folder, f"ready-{os.environ['RANK']}").touch()
+    while not all(Path(folder, f"ready-{rank}").exists() for rank in range(3)):
+        time.sleep(0.01)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(0.3)
+    raise RankFailed("rank 1 died, last seen in data wait")

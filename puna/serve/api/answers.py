@@ -1,12 +1,16 @@
 """What clients get: OpenAI's answers and stream chunks, for text completions and for chat."""
 
+import json
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from puna.engine.generator import Completion
 from puna.engine.row import Delta
+from puna.llama.dialog import parse_answer
 from puna.llama.tokenizer import Tokenizer
+from puna.llama.tools import ToolCall
 
 Object = dict[str, Any]
 
@@ -88,25 +92,32 @@ class TextAnswers(Answers):
 
 
 class ChatAnswers(Answers):
-    """POST /v1/chat/completions."""
+    """POST /v1/chat/completions. reads_calls: an answer may be calls of tools, which is known at its end only."""
 
     input_field = "messages"
     prefix, whole_kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, num_top: int | None) -> None:
+    def __init__(self, tokenizer: Tokenizer, num_top: int | None, reads_calls: bool = False) -> None:
         super().__init__(tokenizer, num_top)
+        self._reads_calls = reads_calls
         self._begun: set[int] = set()
+        self._held: dict[int, Completion] = {}
 
     def whole(self, index: int, done: Completion) -> Object:
-        message = {"role": "assistant", "content": self._said(index, done.text), "refusal": None}
+        message: Object = {"role": "assistant", "content": self._said(index, done.text), "refusal": None}
+        reason: str | None = done.finish_reason
+        if calls := self._calls(done):
+            message, reason = message | {"content": None, "tool_calls": [_call(call) for call in calls]}, "tool_calls"
         drawn = zip(done.tokens, done.logprobs, done.top, strict=True)
         logprobs = None if self.num_top is None else self._logprobs(drawn)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": done.finish_reason}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
     def opening(self, index: int) -> list[Object]:
         return [self._chunk(index, {"role": "assistant", "content": "", "refusal": None})]
 
     def pieces(self, index: int, delta: Delta) -> list[Object]:
+        if self._reads_calls:
+            return self._pieces_at_end(index, delta)
         logprobs = None if self.num_top is None else self._logprobs([(delta.token, delta.logprob, delta.top)])
         text, chunks = self._said(index, delta.text), []
         if text or logprobs:
@@ -114,6 +125,24 @@ class ChatAnswers(Answers):
         if delta.finish_reason:
             chunks.append(self._chunk(index, {}, finish_reason=delta.finish_reason))
         return chunks
+
+    def _pieces_at_end(self, index: int, delta: Delta) -> list[Object]:
+        """Nothing until the answer is whole; then all of it."""
+        held = self._held.setdefault(index, Completion(delta.prompt, delta.sample))
+        held.push(delta)
+        if not delta.finish_reason:
+            return []
+        choice = self.whole(index, self._held.pop(index))
+        calls = choice["message"].get("tool_calls", [])
+        numbered = [{"index": number, **call} for number, call in enumerate(calls)]
+        said = {"tool_calls": numbered} if calls else {"content": choice["message"]["content"]}
+        end = self._chunk(index, {}, finish_reason=choice["finish_reason"])
+        return [self._chunk(index, said, choice["logprobs"]), end]
+
+    def _calls(self, done: Completion) -> tuple[ToolCall, ...]:
+        """The calls of an answer that the model itself has ended."""
+        ended = bool(done.tokens) and done.tokens[-1] in self.tokenizer.stop_ids
+        return parse_answer(self.tokenizer, done.tokens).tool_calls if self._reads_calls and ended else ()
 
     def _said(self, index: int, text: str) -> str:
         """SentencePiece begins a message with a space, which is no part of it."""
@@ -136,3 +165,8 @@ class ChatAnswers(Answers):
     def _entry(self, token: int, logprob: float) -> Object:
         data = list(self.tokenizer.decode_bytes([token]))
         return {"token": self.shown(token), "logprob": logprob, "bytes": data or None}
+
+
+def _call(call: ToolCall) -> Object:
+    asked = {"name": call.name, "arguments": json.dumps(call.arguments)}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": asked}

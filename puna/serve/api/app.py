@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -18,7 +19,7 @@ from puna import __version__
 from puna.engine.generator import Completion, Generator
 from puna.engine.row import Delta
 from puna.errors import UserError
-from puna.llama.dialog import render
+from puna.llama.dialog import REFERENCE, Style, render
 from puna.serve.api.answers import Answers, ChatAnswers, Object, TextAnswers
 from puna.serve.api.errors import ApiError, Json
 from puna.serve.api.hosts import LOOPBACK, HostGuard
@@ -29,9 +30,11 @@ from puna.serve.api.worker import Worker
 log = logging.getLogger("puna.serve")
 
 
-def create_app(generator: Generator, model_name: str, hosts: Collection[str] | None = LOOPBACK) -> FastAPI:
-    """The application. hosts: names that requests may use for this server; None: any."""
-    service = Service(generator, model_name)
+def create_app(
+    generator: Generator, model_name: str, hosts: Collection[str] | None = LOOPBACK, style: Style = REFERENCE
+) -> FastAPI:
+    """The application. hosts: names that requests may use for this server; None: any. style: of chats."""
+    service = Service(generator, model_name, style)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -56,8 +59,9 @@ def create_app(generator: Generator, model_name: str, hosts: Collection[str] | N
 class Service:
     """What the routes call."""
 
-    def __init__(self, generator: Generator, model_name: str) -> None:
+    def __init__(self, generator: Generator, model_name: str, style: Style) -> None:
         self.generator, self.tokenizer, self.model_name = generator, generator.tokenizer, model_name
+        self.style = style
         self.worker = Worker(generator)
         self._card = {
             "id": model_name, "object": "model", "created": int(time.time()), "owned_by": "puna",
@@ -92,8 +96,9 @@ class Service:
         ask.check()
         self._check_model(ask.model)
         with _blaming("messages", "invalid_value"):
-            prompt = render(self.tokenizer, ask.dialog)
-        return await self._answer(request, ask, [prompt], ChatAnswers(self.tokenizer, ask.num_top))
+            prompt = render(self.tokenizer, ask.dialog, replace(self.style, tools=ask.functions)).ids
+        answers = ChatAnswers(self.tokenizer, ask.num_top, reads_calls=bool(ask.functions))
+        return await self._answer(request, ask, [prompt], answers)
 
     def _check_model(self, name: str) -> None:
         if name != self.model_name:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from puna.engine.params import SamplingParams
 from puna.llama.dialog import Message
+from puna.llama.tools import ToolCall
 from puna.serve.api.errors import ApiError
 
 MAX_BODY_BYTES = 16 << 20
@@ -161,23 +162,72 @@ class TextPart(Body):
     text: str = Field(description="a string")
 
 
+class FunctionCall(Body):
+    """What a tool call asks for."""
+
+    name: str = Field(min_length=1, description="the name of a function")
+    arguments: str = Field(description="a string that holds a JSON object")
+
+
+class CallPart(Body):
+    """A tool call of an earlier answer."""
+
+    unused: ClassVar = frozenset({"id", "index"})
+
+    type: Literal["function"] = Field("function", description='"function", the only kind of tool')
+    function: dict[str, Any] = Field(description="an object with a name and arguments")
+
+    def call(self, path: str) -> ToolCall:
+        """The same for the dialog."""
+        asked = FunctionCall.read(self.function, f"{path}function.")
+        try:
+            arguments = json.loads(asked.arguments)
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            name = f"{path}function.arguments"
+            raise ApiError(f"{name} is not a string that holds a JSON object", name, "invalid_value")
+        return ToolCall(asked.name, arguments)
+
+
+class FunctionPart(Body):
+    """A function that the model may call."""
+
+    neutral: ClassVar = {"strict": (False,)}
+
+    name: str = Field(min_length=1, description="the name of a function")
+    description: str = Field("", description="a string")
+    parameters: dict[str, Any] = Field({}, description="a JSON schema")
+
+
+class ToolPart(Body):
+    """One of the tools of a request."""
+
+    type: Literal["function"] = Field(description='"function", the only kind of tool')
+    function: dict[str, Any] = Field(description="an object with name, description and parameters")
+
+
 class ChatMessage(Body):
     """A message of the conversation."""
 
-    neutral: ClassVar = {
-        "name": (), "tool_calls": ([],), "tool_call_id": (), "function_call": (), "refusal": (), "audio": (),
-        "annotations": ([],),
-    }  # fmt: skip
+    neutral: ClassVar = {"name": (), "function_call": (), "refusal": (), "audio": (), "annotations": ([],)}
+    unused: ClassVar = frozenset({"tool_call_id"})
 
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description='"system", "developer", "user" or "assistant"'
+    role: Literal["system", "developer", "user", "assistant", "tool"] = Field(
+        description='"system", "developer", "user", "assistant" or "tool"'
     )
-    content: str | list[dict[str, Any]] = Field(description="a string, or a list of text parts")
+    content: str | list[dict[str, Any]] | None = Field(None, description="a string, or a list of text parts")
+    tool_calls: list[dict[str, Any]] = Field([], description="a list of tool calls")
 
     def message(self, path: str) -> Message:
         """The same for the dialog; text parts are joined, and a developer speaks as the system."""
-        text = self.content if isinstance(self.content, str) else self._join(self.content, path)
-        return Message("system" if self.role == "developer" else self.role, text)
+        if self.content is None and not self.tool_calls:
+            wanted = f"it must be {type(self).model_fields['content'].description}"
+            raise ApiError(f"{path}content is missing; {wanted}", f"{path}content", "missing_required_parameter")
+        text = self._join(self.content, path) if isinstance(self.content, list) else self.content or ""
+        places = [f"{path}tool_calls[{i}]." for i in range(len(self.tool_calls))]
+        calls = [CallPart.read(raw, at).call(at) for raw, at in zip(self.tool_calls, places, strict=True)]
+        return Message("system" if self.role == "developer" else self.role, text, tuple(calls))
 
     @staticmethod
     def _join(parts: list[Any], path: str) -> str:
@@ -188,12 +238,14 @@ class ChatRequest(Sampling):
     """POST /v1/chat/completions."""
 
     neutral: ClassVar = NEUTRAL | {
-        "tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False), "functions": ([],),
+        "parallel_tool_calls": (True, False), "functions": ([],),
         "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],),
         "audio": (), "prediction": (), "reasoning_effort": (), "verbosity": (), "web_search_options": (),
     }  # fmt: skip
 
     messages: list[dict[str, Any]] = Field(min_length=1, description="a list of at least one message")
+    tools: list[dict[str, Any]] = Field([], description="a list of functions that the model may call")
+    tool_choice: Literal["none", "auto"] = Field("auto", description='"none" or "auto"')
     max_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
     max_completion_tokens: int | None = Field(None, ge=1, description="an integer of at least 1")
     logprobs: bool = Field(False, description="true or false")
@@ -212,6 +264,13 @@ class ChatRequest(Sampling):
         """The messages. Raises ApiError, which names the one at fault."""
         at = [f"messages[{i}]." for i in range(len(self.messages))]
         return [ChatMessage.read(raw, path).message(path) for raw, path in zip(self.messages, at, strict=True)]
+
+    @property
+    def functions(self) -> tuple[dict[str, Any], ...]:
+        """The functions that the model may call. Raises ApiError."""
+        for i, raw in enumerate(self.tools):
+            FunctionPart.read(ToolPart.read(raw, f"tools[{i}].").function, f"tools[{i}].function.")
+        return () if self.tool_choice == "none" else tuple(self.tools)
 
     def check(self) -> None:
         super().check()

@@ -10,6 +10,7 @@ import uvicorn
 from puna.console import err
 from puna.engine.load import load
 from puna.errors import DeviceError
+from puna.llama.dialog import REFERENCE, Style
 from puna.serve.api.app import create_app
 from puna.serve.api.hosts import LOOPBACK
 
@@ -17,19 +18,27 @@ SHUTDOWN_SECONDS = 5
 BACKLOG = 2048  # connections that wait until they are accepted
 
 
-def serve(path: str | Path, host: str = "127.0.0.1", port: int = 8000, name: str | None = None) -> None:
+def serve(
+    path: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    name: str | None = None,
+    allow_mismatch: bool = False,
+    style: Style = REFERENCE,
+) -> None:
     """Serves the model at `path` (a Hugging Face folder or a run directory) until it is interrupted.
 
-    port 0: any free one. name: what clients ask for; else the folder's name. The port is taken before the model is
-    loaded. Raises DeviceError where the port or host cannot be had, CheckpointError and TokenizerError for what is
-    wrong at `path`.
+    port 0: any free one. name: what clients ask for; else the folder's name. allow_mismatch: also a checkpoint beside
+    which there is another tokenizer or template than it was made with. style: how chats are written. The port is taken
+    before the model is loaded. Raises DeviceError where the port or host cannot be had, CheckpointError and
+    TokenizerError for what is wrong at `path`.
     """
     path = Path(path)
     with bind(host, port) as listener:
         name = name or path.resolve().name
         shown = f"[{host}]" if ":" in host else host
         hosts = LOOPBACK | {shown.lower()} if is_loopback(listener) else None
-        app = create_app(load(path), name, hosts)
+        app = create_app(load(path, allow_mismatch=allow_mismatch), name, hosts, style)
         url = f"http://{shown}:{listener.getsockname()[1]}"
         said = f"Serving {name} at {url} (chat page) and {url}/v1 (OpenAI-compatible). Ctrl-C ends it."
         listener.listen(BACKLOG)

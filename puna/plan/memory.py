@@ -1,0 +1,95 @@
+"""Memory of one rank of a training run, estimated from its settings. No torch here."""
+
+from dataclasses import asdict, dataclass
+
+from puna.llama.config import LlamaConfig
+from puna.plan.fsdp import Sharding, peak_unsharded
+from puna.plan.llama import kept_bytes, units
+from puna.train.config import TrainConfig
+
+MASTER_BYTES = 4
+CHUNK_BYTES, MIN_CHUNK = 1 << 26, 512  # as in puna/llama/loss.py, which needs torch
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank, by what they are for."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    gathered: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The sum: all of it is alive at the end of a forward."""
+        return sum(asdict(self).values())
+
+
+def estimate_memory(
+    model: LlamaConfig,
+    train: TrainConfig,
+    *,
+    num_ranks: int,
+    shard: int,
+    reshard: bool,
+    accumulates: bool,
+    averages: bool,
+    compute_bytes: int,
+) -> Memory:
+    """Memory of a rank of `num_ranks`, each copy of the model cut over `shard` of them (F).
+
+    With N parameters (padded to multiples of F), in float32: parameters and gradients 4 N / F each; AdamW 8 N / F, Muon
+    4 N / F for the matrices of the blocks; averaged weights 4 N / F. FSDP keeps gathered, in the compute dtype, the
+    root and the two largest neighbouring blocks, or everything without resharding; and gradients that are not reduced
+    yet: those of the root and one block, or with accumulation 4 N. Activations: `puna.plan.llama.kept_bytes` in the
+    compute dtype; with recompute, a block's input (full) and its matrix products (selective), and one whole block.
+    Logits: the loss's chunk. accumulates: whether a step has several micro-batches. Allocator slack and the code itself
+    are not in it.
+    """
+    all_units = units(model, "root")
+    whole = sum(unit.elements(shard) for unit in all_units)
+    own, root, block = whole // shard, all_units[-1].elements(shard), all_units[0].elements(shard)
+    sharding = Sharding(shard, reshard="inner" if reshard else "none", encloses=True, param_bytes=compute_bytes)
+    alone = num_ranks == 1 and compute_bytes == MASTER_BYTES
+    unreduced = whole * MASTER_BYTES if accumulates else (root + block) * compute_bytes
+    return Memory(
+        parameters=own * MASTER_BYTES,
+        gradients=own * MASTER_BYTES + (0 if alone else unreduced),
+        optimizer=_moments(model, train, own),
+        average=own * MASTER_BYTES if averages else 0,
+        gathered=0 if alone else peak_unsharded(all_units, sharding) * compute_bytes,
+        activations=_activations(model, train, compute_bytes),
+        logits=_logits(model, train, compute_bytes),
+    )
+
+
+def _moments(model: LlamaConfig, train: TrainConfig, own: int) -> int:
+    """Two moments a parameter; under Muon one for the matrices of the blocks."""
+    if train.optimizer == "adamw":
+        return 2 * MASTER_BYTES * own
+    gains = 2 * model.dim * model.num_layers
+    matrices = sum(unit.elements() for unit in units(model, "root")[:-1]) - gains
+    return 2 * MASTER_BYTES * own - MASTER_BYTES * round(matrices * own / model.num_parameters)
+
+
+def _activations(model: LlamaConfig, train: TrainConfig, compute_bytes: int) -> int:
+    def kept(num_layers: int) -> int:
+        layers = model.model_copy(update={"num_layers": num_layers})
+        return kept_bytes(layers, train.micro_batch, train.seq_len) * compute_bytes // 4
+
+    if train.recompute == "none":
+        return kept(model.num_layers)
+    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    products = 2 * model.dim + 2 * query + 2 * key + 2 * model.ffn_dim if train.recompute == "selective" else 0
+    per_layer = train.micro_batch * train.seq_len * (model.dim + products) * compute_bytes
+    return kept(1) + model.num_layers * per_layer
+
+
+def _logits(model: LlamaConfig, train: TrainConfig, compute_bytes: int) -> int:
+    """One chunk in float32, and in the compute dtype twice more where that is another."""
+    rows = min(train.micro_batch * train.seq_len, max(MIN_CHUNK, CHUNK_BYTES // (4 * model.vocab_size)))
+    return rows * model.vocab_size * (4 if compute_bytes == 4 else 4 + 2 * compute_bytes)
