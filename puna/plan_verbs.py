@@ -45,10 +45,22 @@ def plan() -> None:
 @click.option("--vp", type=int, help="Chunks of the model in each stage.")
 @click.option("--cp", type=int, help="Context-parallel ranks.")
 @click.option("--micro-batch", type=int, help="Sequences of one forward.")
-@click.option("--sharding", type=click.Choice(["none", "zero1", "zero2", "zero3", "hsdp"]))
-@click.option("--recompute", type=click.Choice(["none", "selective", "full"]))
-@click.option("--precision", type=click.Choice(["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]))
-@click.option("--stack", type=click.Choice(["pytorch-eager", "pytorch-compiled", "megatron", "jax-xla", "oneflow"]))
+@click.option(
+    "--sharding",
+    type=click.Choice(["none", "zero1", "zero2", "zero3", "hsdp"]),
+    help="What is sharded over the data-parallel ranks; hsdp: everything, within a node.",
+)
+@click.option("--recompute", type=click.Choice(["none", "selective", "full"]), help="What is recomputed in backward.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]),
+    help="Number format of the matrix products.",
+)
+@click.option(
+    "--stack",
+    type=click.Choice(["pytorch-eager", "pytorch-compiled", "megatron", "jax-xla", "oneflow"]),
+    help="What runs it; decides its pointwise kernels.",
+)
 @as_json
 def estimate(
     recipe: str | None, model: str | None, gpu: str, gpus: int, seq_len: int | None, batch_tokens: int | None,
