@@ -16,7 +16,7 @@ from puna.plan.runs import Run
 SOFTS = (0.3, 0.1, 0.04)  # log errors below this count quadratically, in turn
 STEP = 1e-4  # of a logarithm, for derivatives
 MOST_ROWS = 100  # of one source that a fit looks at, evenly spaced
-PRIOR = 0.002  # pull of each constant to its start, per unit of log, in shares of the data's weight
+PRIOR = 0.01  # pull of each constant to its start, per unit of log, in shares of the data's weight
 BOUNDS = {
     "matmul": (0.6, 1.0), "align": (1e-3, 1.0), "memory": (0.3, 0.92), "attention": (0.2, 1.0), "link": (0.6, 0.95),
     "network": (0.75, 0.95), "hop": (1.8, 2.2), "hidden": (0.05, 0.95), "low": (0.3, 1.2), "throttle": (0.1, 2.0),
