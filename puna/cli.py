@@ -13,6 +13,7 @@ import click
 
 from puna import __version__
 from puna.errors import PunaError
+from puna.plan_verbs import plan
 
 EXTRAS = {
     "data": ("tokenizers", "trafilatura", "pyarrow", "backports"),
@@ -708,6 +709,9 @@ def recipe_reference() -> None:
     from puna.recipe import reference
 
     click.echo(reference(), nl=False)
+
+
+puna.add_command(plan)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,103 @@
+"""`puna plan` from the command line."""
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from puna.plan_verbs import plan
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(plan, list(words))
+
+
+def told(*words: str) -> dict[str, Any]:
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.output + str(result.exception)
+    return json.loads(result.stdout)
+
+
+def test_estimate_of_a_recipe_and_of_a_model() -> None:
+    recipe = told("estimate", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "64")
+    assert recipe["low"] < recipe["seconds"] < recipe["high"]
+    assert recipe["layout"]["dp"] == 64
+    model = told("estimate", "--model", "llama2-7b", "--gpu", "h100-sxm", "--gpus", "64", "--tp", "2")
+    assert (model["layout"]["tp"], model["layout"]["dp"]) == (2, 32)
+
+
+def test_what_does_not_fit_is_told_in_words() -> None:
+    result = run("estimate", "--model", "llama2-70b", "--gpu", "a100-40", "--gpus", "8", "--sharding", "zero1")
+    assert "Does not fit" in result.output
+
+
+def test_search_prints_the_best_and_writes_a_recipe(tmp_path: Path) -> None:
+    out = tmp_path / "found.toml"
+    figures = told("search", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "64", "--emit", str(out))
+    assert figures["best"]["layout"]["tp"] == 1
+    from puna.recipe import load
+
+    loaded = load(str(out), ()).recipe
+    assert loaded.train.micro_batch == figures["best"]["layout"]["micro_batch"]
+    assert loaded.train.batch_tokens == figures["best"]["layout"]["global_batch"] * loaded.train.seq_len
+
+
+def test_search_tells_the_best_in_words() -> None:
+    result = run("search", "--model", "llama3-8b", "--gpu", "h100-sxm", "--gpus", "64")
+    assert "best: dp 64 tp 1" in result.output
+    assert "binds: " in result.output
+    short = run("search", "--model", "llama3-405b", "--gpu", "rtx4090", "--gpus", "8")
+    assert "Does not fit" in short.output
+
+
+def test_sweep_draws_the_pictures(tmp_path: Path) -> None:
+    out = tmp_path / "scaling.html"
+    words = ("sweep", "--model", "llama2-7b", "--gpu", "h100-sxm", "--gpus", "8,64,512", "--batch", "512")
+    figures = told(*words, "--out", str(out))
+    assert [row["gpus"] for row in figures["weak"]] == [8, 64, 512]
+    assert len(figures["strong"]) == len(figures["best"]) == 3
+    assert out.read_text(encoding="utf-8").count("<svg") == 4
+    picture = tmp_path / "scaling.png"
+    assert run(*words, "--out", str(picture)).exit_code == 0
+    data = picture.read_bytes()
+    assert data.startswith(b"\x89PNG")
+    width, height = struct.unpack(">II", data[16:24])
+    assert (width, height) == (640, 4 * 320)
+    rows = zlib.decompress(data[41:-16])
+    assert len(rows) == height * (1 + 3 * width)
+    assert len(set(rows)) > 5
+
+
+def test_hardware_lists_everything_with_sources() -> None:
+    assert "h100-sxm" in run("hardware").output
+    assert told("hardware", "gb200")["gb200"]["sources"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("estimate", "--gpu", "h100-sxm", "--gpus", "8"), "needs a recipe or --model"),
+        (("estimate", "--model", "llama2-7b", "--gpu", "h100", "--gpus", "-8"), "gpus is -8"),
+        (("estimate", "--model", "llama2-7b", "--gpu", "h1000", "--gpus", "8"), "no accelerator named 'h1000'"),
+        (("estimate", "--model", "llama2-7b", "--gpu", "h100", "--gpus", "8", "--tp", "3"), "does not divide 8 GPUs"),
+        (("estimate", "--model", "llama9", "--gpu", "h100", "--gpus", "8"), "no model named 'llama9'"),
+        (("search", "--model", "llama2-7b", "--gpu", "h100", "--gpus", "7"), "no layout of 7 GPUs"),
+    ],
+)
+def test_mistakes_are_told(words: tuple[str, ...], message: str) -> None:
+    result = run(*words)
+    assert message in str(result.exception)
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; from puna.plan import search, validate, fit, job, describe, fits; "
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

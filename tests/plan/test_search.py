@@ -1,0 +1,113 @@
+"""The search: fast, right about what fits, and able to say why."""
+
+import time
+from dataclasses import replace
+
+import pytest
+
+from puna.plan import fits, hardware, job, search, workload
+from puna.plan.constants import load
+from puna.plan.layout import Case, Layout
+from puna.plan.workload import PlanError
+
+LARGEST = workload.find("llama3-405b")
+
+
+@pytest.mark.parametrize("gpus", [8192, 16384])
+def test_meta_s_layout_is_near_the_best_found_in_two_seconds(gpus: int) -> None:
+    cluster = hardware.cluster("h100-sxm", gpus)
+    base = job.usual_layout(LARGEST, cluster, None, None)
+    began = time.process_time()
+    told = search.report(LARGEST, cluster, base, load())
+    assert time.process_time() - began < 2
+    assert told["tried"] > 1000
+    best = told["best"]
+    assert best["fits"]
+    theirs = replace(base, dp=gpus // 128, tp=8, pp=16, vp=8, sharding="zero2")
+    seconds = search.describe(Case(LARGEST, cluster, theirs), load())["seconds"]
+    assert seconds <= 1.05 * best["seconds"]
+
+
+def test_every_candidate_divides_what_it_cuts() -> None:
+    cluster = hardware.cluster("h100-sxm", 64)
+    model = workload.find("llama3-70b")
+    base = Layout(global_batch=256, seq_len=32768)
+    layouts = list(search.candidates(model, cluster, base, ("bf16", "fp8")))
+    assert len({(x.dp, x.tp, x.pp, x.cp) for x in layouts}) > 10
+    for layout in layouts:
+        layout.check(model, cluster)
+
+
+def test_the_found_layouts_are_sorted_and_those_that_do_not_fit_come_last() -> None:
+    cluster = hardware.cluster("a100-40", 64)
+    model = workload.find("llama2-13b")
+    found = search.search(model, cluster, Layout(global_batch=256, seq_len=4096), load())
+    room = search.ROOM * 40e9
+    fit = found.bytes <= room
+    assert fit[: min(found.num_fit, len(fit))].all()
+    assert (found.seconds[:50] == sorted(found.seconds[:50])).all()
+
+
+def test_together_is_as_alone() -> None:
+    cluster = hardware.cluster("h100-sxm", 64)
+    model = workload.find("llama3-70b")
+    found = search.search(model, cluster, Layout(global_batch=256, seq_len=8192), load(), ("bf16", "fp8"))
+    for index in (0, 7, 100):
+        alone = search.describe(Case(model, cluster, found.layouts[index]), load())
+        assert alone["seconds"] == pytest.approx(found.seconds[index])
+        assert alone["memory_gb"]["total"] == pytest.approx(found.bytes[index] / 1e9)
+
+
+def test_what_would_flip_the_choice_does() -> None:
+    cluster = hardware.cluster("h100-sxm", 2048)
+    model = workload.find("llama2-7b")
+    base = Layout(global_batch=2048, seq_len=4096)
+    told = search.report(model, cluster, base, load())
+    for flip in told["flips"]:
+        assert (flip["tp"], flip["pp"], flip["dp"]) != tuple(told["best"]["layout"][key] for key in ("tp", "pp", "dp"))
+    assert told["binding"]["term"] in told["best"]["parts"]
+
+
+def test_what_does_not_fit_is_told_with_what_helps() -> None:
+    cluster = hardware.cluster("a100-40", 8)
+    layout = Layout(global_batch=64, dp=8, micro_batch=8, seq_len=4096, sharding="zero1", stack="pytorch-eager")
+    case = Case(workload.find("llama2-13b"), cluster, layout)
+    short = fits.shortfall(case)
+    assert short["gap_gb"] == pytest.approx(short["need_gb"] - 40)
+    assert sum(short["by_kind_gb"].values()) == pytest.approx(short["need_gb"])
+    ways = fits.remedies(case, load())
+    assert 1 <= len(ways) <= 3
+    assert [way["step_time"] for way in ways] == sorted(way["step_time"] for way in ways)
+    assert all(way["need_gb"] <= 40 for way in ways)
+    words = fits.sentence(short, ways)
+    assert "Does not fit" in words
+    assert ways[0]["change"] in words
+
+
+def test_where_no_setting_helps_more_devices_do() -> None:
+    cluster = hardware.cluster("a100-40", 16)
+    case = Case(workload.find("llama2-70b"), cluster, Layout(global_batch=512, dp=16, seq_len=4096))
+    ways = fits.remedies(case, load())
+    assert ways
+    assert all("GPUs with sharding zero3" in way["change"] for way in ways)
+
+
+def test_nothing_fits_is_no_plan_but_a_shortfall() -> None:
+    told = search.report(LARGEST, hardware.cluster("rtx4090", 8), Layout(global_batch=8, seq_len=4096), load())
+    assert not told["fits"]
+    assert told["shortfall"]["gap_gb"] > 0
+
+
+def test_a_batch_that_no_device_count_divides_is_refused() -> None:
+    with pytest.raises(PlanError, match="no layout of 7 GPUs divides"):
+        search.search(workload.find("llama2-7b"), hardware.cluster("h100-sxm", 7), Layout(global_batch=4), load())
+
+
+def test_a_trainable_layout_becomes_a_recipe_and_another_is_refused() -> None:
+    cluster = hardware.cluster("h100-sxm", 16)
+    base = Layout(global_batch=64, seq_len=4096)
+    told = search.report(workload.find("llama3-8b"), cluster, base, load(), ("bf16",), trainable=True)
+    text = job.emit("llama3-8b", Layout(**told["best"]["layout"]))
+    assert 'extends = "llama3-8b"' in text
+    with pytest.raises(PlanError, match="no tp axis"):
+        job.emit("llama3-8b", replace(base, tp=2))

@@ -1,0 +1,74 @@
+"""How far the planner is from published runs, with the constants that ship."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from puna.plan import constants, runs, validate
+from puna.plan.constants import load
+
+
+@pytest.fixture(scope="session")
+def published(data_dir: Path) -> runs.Runs:
+    path = data_dir.parent / "planner" / "runs.csv"
+    if not path.is_file():
+        pytest.skip(f"no published runs at {path}")
+    return runs.read(path)
+
+
+def test_the_errors_on_published_runs(published: runs.Runs) -> None:
+    figures, rows = validate.validate(published, load())
+    assert figures["n"] == len(rows) == len(published.runs)
+    assert figures["skipped"].get("broken row", 0) <= 0.02 * figures["n"]
+    assert figures["median_abs_pct_error_without_vts"] <= 8
+    assert figures["p90_abs_pct_error_without_vts"] <= 25
+    assert figures["source_balanced_median_without_vts"] <= 9
+    assert figures["by_source"]["vts"]["median_abs_pct_error"] <= 12
+
+
+def test_the_memory_of_published_runs(published: runs.Runs) -> None:
+    told = validate.memory(published.runs)
+    assert told["n"] > 100
+    assert told["median_abs_pct_error"] <= 10
+    assert all(entry["reported"] for entry in told["by_source"].values())
+
+
+def test_the_errors_with_each_source_left_out_are_kept_with_the_constants() -> None:
+    figures = constants.about()["leave_one_source_out"]
+    assert figures["median_abs_pct_error_without_vts"] <= 11
+    assert figures["source_balanced_median_without_vts"] <= 13
+    assert 70 <= figures["interval_coverage_80_without_vts"] <= 90
+
+
+def test_the_constants_are_few() -> None:
+    names = constants.Constants.names()
+    by_stack = {"eager", "compiled", "megatron", "jax"}
+    assert len(set(names) - by_stack) <= 15
+    assert by_stack <= set(names)
+    assert set(load().confidence()) == set(names)
+
+
+def test_the_scores_by_hand() -> None:
+    class Case:
+        pass
+
+    made = [runs.Run(f"{s}-{i}", s, Case(), 1.0) for s, n in (("a", 3), ("b", 4), ("vts", 3)) for i in range(n)]  # type: ignore[arg-type]
+    middle = np.array([1.1] * 3 + [0.8] * 4 + [1.5] * 3)
+    told = validate.scores(made, middle, middle * 0.85, middle * 1.2)
+    assert told["n"] == 10
+    assert told["source_balanced_median"] == pytest.approx((10 + 20 + 50) / 3, abs=0.01)
+    assert told["source_balanced_median_without_vts"] == pytest.approx(15)
+    assert told["mean_signed_pct_error_without_vts"] == pytest.approx((0.1 * 3 - 0.2 * 4) / 7 * 100, abs=0.01)
+    assert told["interval_coverage_80"] == pytest.approx(30)
+
+
+def test_predictions_are_written_for_every_row(published: runs.Runs, tmp_path: Path) -> None:
+    _, rows = validate.validate(published, load())
+    validate.write_predictions(rows, tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        back = list(csv.DictReader(file))
+    assert [row["id"] for row in back] == [run.id for run in published.runs]
+    for row in back:
+        assert 0 < float(row["low_s"]) < float(row["predicted_s"]) < float(row["high_s"])

@@ -1,0 +1,121 @@
+"""Workloads that are no dense training: recommendation, graphs, answers; and the counts of the dense ones."""
+
+from dataclasses import replace
+
+import pytest
+
+from puna.plan import dlrm, graph, hardware, serving, workload
+from puna.plan.constants import load
+from puna.plan.describe import describe
+from puna.plan.dlrm import Codec, Dlrm
+from puna.plan.layout import Case, Layout
+from puna.plan.workload import PlanError, Transformer
+
+TERABYTE = Dlrm(
+    rows=(
+        9980333, 36084, 17217, 7378, 20134, 3, 7112, 1442, 61, 9758201, 1333352, 313829, 10, 2208, 11156, 122, 4, 970,
+        14, 9994222, 7267859, 9946608, 415421, 12420, 101, 36,
+    ),
+    dim=64,
+    bottom=(13, 512, 256, 64),
+    top=(512, 512, 256, 1),
+)  # fmt: skip
+CLUSTER = hardware.Cluster(hardware.find("a100-40"), 32, 4, 50.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "within"),
+    [("llama2-7b", 6.74e9, 0.001), ("llama2-13b", 13.0e9, 0.002), ("llama2-70b", 69.0e9, 0.001),
+     ("llama3-8b", 8.03e9, 0.001), ("llama3-405b", 405e9, 0.003), ("gpt3-175b", 174.6e9, 0.003)],
+)  # fmt: skip
+def test_parameters_are_the_published_ones(name: str, parameters: float, within: float) -> None:
+    assert workload.find(name).parameters == pytest.approx(parameters, rel=within)
+
+
+def test_tokens_a_second_become_the_published_utilisation() -> None:
+    """fms-fsdp: 9,600 tokens/s on an H100 are 46 %."""
+    operations = workload.find("llama2-7b").flops_per_token(4096, causal=False)
+    assert 9600 * operations / 989e12 == pytest.approx(0.46, abs=0.015)
+
+
+def test_sizes_below_one_and_heads_that_do_not_divide_are_refused() -> None:
+    with pytest.raises(PlanError, match="layers is 0"):
+        replace(workload.find("llama2-7b"), layers=0)
+    with pytest.raises(PlanError, match="32 heads do not divide among 5"):
+        Transformer(2, 64, 64, 32, 5, 64)
+
+
+@pytest.mark.parametrize(("ratio", "published"), [(11.07, 1.356), (14.67, 1.382)])
+def test_compression_gains_what_was_published(ratio: float, published: float) -> None:
+    """Forward exchange 31.3 % of a step; Huffman at 200 and 58 GB/s; the exchange's rate is ours for 32 A100."""
+    parts = dlrm.step(TERABYTE, CLUSTER, 2048, load().constants)
+    rate = 26 * 2048 * 64 * 4 / 32 / parts["forward exchange"]
+    assert dlrm.gain(0.313, Codec(ratio, 200e9, 58e9), rate) == pytest.approx(published, rel=0.02)
+
+
+def test_the_parts_of_a_recommendation_step_add_up_and_a_codec_shrinks_one() -> None:
+    plain = dlrm.step(TERABYTE, CLUSTER, 65536, load().constants)
+    packed = dlrm.step(TERABYTE, CLUSTER, 65536, load().constants, Codec(14.67, 200e9, 58e9))
+    assert sum(dlrm.shares(plain).values()) == pytest.approx(1)
+    assert packed["forward exchange"] < plain["forward exchange"]
+    assert packed["backward exchange"] == plain["backward exchange"]
+    assert packed["seconds"] < plain["seconds"]
+    assert TERABYTE.table_bytes / 2**30 == pytest.approx(11.7, abs=0.1)
+
+
+def test_a_mixture_computes_what_is_active_and_holds_everything() -> None:
+    model = workload.find("mixtral-8x7b")
+    assert model.parameters == pytest.approx(46.7e9, rel=0.01)
+    assert model.flops_per_token(1) / 6 == pytest.approx(12.8e9, rel=0.02)
+    cluster = hardware.cluster("h100-sxm", 64)
+    layout = Layout(global_batch=256, dp=64, micro_batch=2, ep=8, seq_len=4096)
+    told = describe(Case(model, cluster, layout), load())
+    dense = Transformer(32, 4096, 2 * 14336, 32, 8, 32000)
+    like = describe(Case(dense, cluster, replace(layout, ep=1)), load())
+    assert told["parts"]["experts"] > 0 == like["parts"]["experts"]
+    assert told["parts"]["products"] == pytest.approx(like["parts"]["products"], rel=0.05)
+    alone = describe(Case(model, cluster, replace(layout, ep=1)), load())
+    assert alone["memory_gb"]["parameters"] > 4 * told["memory_gb"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"active": 9}, "9 of them active"),
+        ({"expert_ffn": 0}, "of width 0"),
+        ({"experts": 0, "active": 0, "expert_ffn": 0}, "ffn is 0"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(PlanError, match=words):
+        replace(workload.find("mixtral-8x7b"), **changes)
+
+
+def test_decoding_reads_weights_and_the_cache() -> None:
+    model, cluster, k = workload.find("llama3-70b"), hardware.cluster("h100-sxm", 8), load().constants
+    one = serving.serve(model, cluster, k, batch=1, prompt=1024, answer=256)
+    many = serving.serve(model, cluster, k, batch=32, prompt=1024, answer=256)
+    assert one.fits
+    assert one.decode > model.parameters * 2 / 8 / 3.35e12
+    assert one.decode < many.decode < 3 * one.decode
+    assert many.tokens_per_s > 8 * one.tokens_per_s
+    assert serving.cache_bytes(model, 1) == 2 * 80 * 8 * 128 * 2
+
+
+@pytest.mark.parametrize(("changes", "words"), [({"batch": 0}, "batch is 0"), ({}, "more than the 8")])
+def test_serving_refuses_what_cannot_be(changes: dict[str, int], words: str) -> None:
+    gpus = 8 if changes else 16
+    with pytest.raises(PlanError, match=words):
+        serving.serve(
+            workload.find("llama3-8b"), hardware.cluster("h100-sxm", gpus), load().constants,
+            **{"batch": 1, "prompt": 8, "answer": 8} | changes,
+        )  # fmt: skip
+
+
+def test_partitions_trade_memory_for_reading() -> None:
+    whole = graph.epoch(10**8, 10**9, 100, 1, edges_per_s=1e6, disk_bytes_per_s=1e9)
+    cut = graph.epoch(10**8, 10**9, 100, 8, edges_per_s=1e6, disk_bytes_per_s=1e9)
+    assert whole.swap == 0
+    assert cut.memory_bytes == pytest.approx(whole.memory_bytes / 4)
+    assert cut.train == whole.train
+    assert cut.seconds > whole.seconds
