@@ -122,24 +122,26 @@ def demo(minutes: float, directory: Path, as_json: bool) -> None:
     "--write",
     is_flag=False,
     flag_value="",
-    default=None,
+    default="",
     metavar="[FILE]",
-    help="Keep the figures for the planner; in ~/.config/puna/hardware/this-machine.toml where no file is named.",
+    help="Where the planner's entry of this machine goes  [default: ~/.config/puna/hardware/this-machine.toml]",
 )
+@click.option("--no-write", is_flag=True, help="Leave the planner's entry as it is.")
 @as_json
-def doctor(write: str | None, as_json: bool) -> int:
+def doctor(write: str, no_write: bool, as_json: bool) -> int:
     """What this machine is, how fast, and what ails it.
 
     Measures matrices, memory, disk and the exchange between two processes, in some 20 seconds; names what is slow or
-    missing and the command that mends it. The exit code is 0 unless something cannot work: then it is 1.
+    missing and the command that mends it; keeps the figures for `puna plan`. The exit code is 0 unless something cannot
+    work: then it is 1.
 
     \b
-    Example:  puna doctor --write
+    Example:  puna doctor --json
     """
     from puna.doctor.examine import examine, text
     from puna.train.hardware import default_path
 
-    report = examine(None if write is None else Path(write) if write else default_path())
+    report = examine(None if no_write else Path(write) if write else default_path())
     click.echo(json.dumps(report) if as_json else text(report))
     return 0 if report["healthy"] else 1
 
@@ -301,15 +303,14 @@ def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from puna.recipe import load
 
     loaded = load(recipe, overrides)  # before the slow import: a mistake is told at once
-    from rich.console import Console
-
     from puna.check import check, show
+    from puna.console import out
 
     found = check(loaded)
     if as_json:
         click.echo(json.dumps(found))
     else:
-        show(found, Console(highlight=False))
+        show(found, out())
 
 
 @puna.command(context_settings=RECIPE_ARGUMENTS)

@@ -1,5 +1,6 @@
-"""What people see: progress bars on stderr and one printer; figures meant for machines go to stdout."""
+"""What people see: progress bars and one printer on stderr, tables on stdout."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -8,7 +9,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 
+WIDTH = 205  # of tables where stdout is not a terminal
+
 err = Console(stderr=True, highlight=False)
+
+
+def out() -> Console:
+    """Stdout; where it is not a terminal, as wide as tables need."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
 
 
 def bar(*extra: str) -> Progress:

@@ -158,9 +158,7 @@ def sweep(model: str, gpu: str, sizes: str, batch: int | None, out: Path | None,
 
 @plan.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option(
-    "--gpu", default="this-machine", show_default=True, help="What it ran on; `puna doctor --write` names this."
-)
+@click.option("--gpu", default="this-machine", show_default=True, help="What it ran on; `puna doctor` names this.")
 @click.option("--gpus", type=int, help="Devices; the run's own processes where not given.")
 @as_json
 def compare(run: Path, gpu: str, gpus: int | None, as_json: bool) -> None:

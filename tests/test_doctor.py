@@ -240,7 +240,7 @@ def test_on_this_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(examine, "ARRAY_BYTES", 8 << 20)
     monkeypatch.setattr(probes, "flops", lambda kind, dtype: {"fp32": 1e11, "bf16": 1e10, "fp16": 1e9}[dtype])
     monkeypatch.setattr(probes, "link", lambda kind: {"latency": 1e-4, "bandwidth": 1e9})
-    status, out = run(capsys, monkeypatch, "doctor", "--write", "--json")
+    status, out = run(capsys, monkeypatch, "doctor", "--json")
     found = json.loads(out)
     assert status == (0 if found["healthy"] else 1)
     assert found["figures"]["cpu"]["matrix_flops"] == {"fp32": 1e11, "bf16": 1e10, "fp16": 1e9}
@@ -254,8 +254,10 @@ def test_on_this_machine(tmp_path, monkeypatch, capsys):
     assert "hardware entry written to here.toml" in out
     assert "cpu  matrices  fp32 100.0  bf16 10.0  fp16 1.0  GFLOP/s" in out
     (tmp_path / "here.toml").unlink()
-    status, out = run(capsys, monkeypatch, "doctor")
-    assert "hardware entry kept for the planner with: puna doctor --write" in out
+    path.unlink()
+    status, out = run(capsys, monkeypatch, "doctor", "--no-write")
+    assert "hardware entry left as it is" in out
+    assert not path.exists()
     assert not (tmp_path / "here.toml").exists()
 
 
@@ -301,7 +303,7 @@ def test_an_entry_of_a_machine_with_accelerators():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, "There is no hardware entry .*e.toml. Write it: puna doctor --write"),
+        (None, "There is no hardware entry .*e.toml. Write it: puna doctor"),
         ("name = ", "e.toml is not TOML"),
         ("colour = 1\n", "e.toml: colour: Extra inputs are not permitted"),
         ('num_cores = "two"\n', "e.toml: num_cores: Input should be a valid integer"),

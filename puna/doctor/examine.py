@@ -176,7 +176,7 @@ def text(report: Mapping[str, Any]) -> str:
         lines += [f"  why   {finding['why']}", f"  mend  {finding['command']}"]
     if not report["findings"]:
         lines.append("nothing is slow or missing")
-    kept = f"written to {report['written']}" if report["written"] else "kept for the planner with: puna doctor --write"
+    kept = f"written to {report['written']}" if report["written"] else "left as it is"
     return "\n".join([*lines, "", f"{report['seconds']:.0f} s; hardware entry {kept}"])
 
 

@@ -1,19 +1,17 @@
 """What the lab found, as tables: each figure beside the formula it should be."""
 
-import sys
 from collections.abc import Iterable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-WIDTH = 205  # where the output is not a terminal
+from puna.console import out
 
 
 def show(tables: Iterable[Table], *notes: str) -> None:
     """Print tables, then notes, on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    console = out()
     for table in tables:
         console.print(table)
     for note in notes:

@@ -132,7 +132,7 @@ def _gpus(stamp: tuple[tuple[str, float], ...]) -> dict[str, Gpu]:
 
 
 def _measured(table: dict[str, Any]) -> dict[str, Any]:
-    """An entry that `puna doctor --write` left, in the terms of the table."""
+    """An entry that `puna doctor` left, in the terms of the table."""
     rates = {name.replace("float", "fp").replace("bfp16", "bf16"): rate for name, rate in table["matrix_flops"].items()}
     bandwidth = max(table["memory_bandwidth"].values())
     return {
@@ -146,7 +146,7 @@ def _measured(table: dict[str, Any]) -> dict[str, Any]:
         "power": 0.0,
         "domain": table.get("num_devices", 1),
         "processors": table.get("num_cores", 1),
-        "sources": "measured by `puna doctor --write`",
+        "sources": "measured by `puna doctor`",
     }
 
 

@@ -1,4 +1,4 @@
-"""A machine as measured: what `puna doctor --write` leaves for the planner, one TOML file a machine. No torch here."""
+"""A machine as measured: what `puna doctor` leaves for the planner, one TOML file a machine. No torch here."""
 
 import os
 import tomllib
@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from puna.errors import DataError
 from puna.train.config import Section, setting
 
-HEADER = "# Measured by `puna doctor --write`. The unit of each key is in [units].\n\n"
+HEADER = "# Measured by `puna doctor`. The unit of each key is in [units].\n\n"
 
 
 class Hardware(Section):
@@ -65,11 +65,11 @@ def write(hardware: Hardware, path: Path) -> None:
 
 def read(path: Path) -> Hardware:
     """Read an entry. Raises DataError, which names the file and the key."""
-    again = "Write it again: puna doctor --write."
+    again = "Write it again: puna doctor."
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"There is no hardware entry {path}", "Write it: puna doctor --write.") from error
+        raise DataError(f"There is no hardware entry {path}", "Write it: puna doctor.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not TOML: {error}", again) from error
     values.pop("units", None)
