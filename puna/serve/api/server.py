@@ -3,6 +3,7 @@
 import errno
 import logging
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -48,10 +49,9 @@ def serve(
         logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         logging.getLogger("puna").setLevel(logging.INFO)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
-        try:
+        with suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[listener])
-        except KeyboardInterrupt:
-            err.print("Stopped.")
+        err.print("Stopped.")
 
 
 def bind(host: str, port: int) -> socket.socket:
