@@ -5,7 +5,6 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ import click
 from puna import __version__
 from puna.errors import PunaError
 from puna.plan_verbs import plan
+from puna.recipe_verbs import recipe
+from puna.verbs import RECIPE_ARGUMENTS, as_json, print_figures, recipe_name, settings
 
 EXTRAS = {
     "data": ("tokenizers", "trafilatura", "pyarrow", "backports"),
@@ -21,14 +22,8 @@ EXTRAS = {
     "serve": ("fastapi", "uvicorn"),
     "demo": ("transformers", "openai"),
     "ray": ("ray",),
+    "plot": ("matplotlib",),
 }
-
-as_json = click.option(
-    "--json", "as_json", is_flag=True, help="Print the figures as JSON, and nothing else, on stdout."
-)
-RECIPE_ARGUMENTS = {"ignore_unknown_options": True}
-recipe_name = click.argument("recipe")
-settings = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key VALUE]...")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -79,24 +74,6 @@ def _missing(error: ModuleNotFoundError) -> str:
     raise error
 
 
-def _print(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(result))
-        return
-    rows = dict(_dotted(result))
-    width = max(map(len, rows), default=0)
-    for key, value in rows.items():
-        click.echo(f"{key:<{width}}  {value}")
-
-
-def _dotted(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _dotted(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 # --- the main job ---------------------------------------------------------------------------------------------------
 
 
@@ -114,7 +91,7 @@ def demo(minutes: float, directory: Path, as_json: bool) -> None:
     """
     from puna.demo import main
 
-    _print(main(directory, minutes), as_json)
+    print_figures(main(directory, minutes), as_json)
 
 
 @puna.command()
@@ -183,7 +160,7 @@ def corpus_build(source: str, out: Path, heldout: float, near: float, seed: int,
     """
     from puna.corpus.build import build_corpus
 
-    _print(build_corpus(source, out, heldout, near, seed), as_json)
+    print_figures(build_corpus(source, out, heldout, near, seed), as_json)
 
 
 @corpus.command("tokenizer")
@@ -201,7 +178,7 @@ def corpus_tokenizer(folder: Path, vocab_size: int, out: Path, as_json: bool) ->
     """
     from puna.corpus.bpe import train_tokenizer
 
-    _print(train_tokenizer(folder, vocab_size, out), as_json)
+    print_figures(train_tokenizer(folder, vocab_size, out), as_json)
 
 
 @corpus.command("tokenize")
@@ -217,7 +194,7 @@ def corpus_tokenize(folder: Path, tokenizer: Path, out: Path, as_json: bool) -> 
     """
     from puna.corpus.tokenize import tokenize_corpus
 
-    _print(tokenize_corpus(folder, tokenizer, out), as_json)
+    print_figures(tokenize_corpus(folder, tokenizer, out), as_json)
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
@@ -242,7 +219,7 @@ def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from puna.run import train
 
     if figures := train(loaded):
-        _print(figures, as_json)
+        print_figures(figures, as_json)
 
 
 @puna.command(context_settings=RECIPE_ARGUMENTS)
@@ -265,7 +242,7 @@ def resume(run: Path, overrides: tuple[str, ...], explain: bool, as_json: bool) 
     if explain and not as_json:
         click.echo("\n".join(lines(figures)))
     elif figures:
-        _print(figures, as_json)
+        print_figures(figures, as_json)
 
 
 @puna.command()
@@ -369,7 +346,7 @@ def launch(
     else:
         figures = launcher.by_torchrun(loaded, nodes, endpoint, dry_run)
     lines = figures.pop("lines", []) if not as_json else []
-    _print(figures, as_json)
+    print_figures(figures, as_json)
     for line in lines:
         click.echo(line)
 
@@ -390,7 +367,7 @@ def evaluate(path: Path, data: Path | None, step: int | None, baselines: bool, a
     """
     from puna.evals.suite import evaluate
 
-    _print(evaluate(path, data, step, baselines), as_json)
+    print_figures(evaluate(path, data, step, baselines), as_json)
 
 
 @puna.command()
@@ -417,7 +394,7 @@ def parity(ckpt: Path, prompts: Path | None, step: int | None, dtype: str, as_js
     from puna.evals.parity import parity
 
     figures = parity(ckpt, prompts, dtype, step)
-    _print(figures, as_json)
+    print_figures(figures, as_json)
     return 0 if figures["passed"] else 1
 
 
@@ -464,11 +441,11 @@ def export(
             raise click.UsageError("--check is for --to hf; check a Meta folder with: puna parity OUT")
         from puna.llama.hub import export_meta
 
-        _print(export_meta(run, out, step, dtype, parts), as_json)
+        print_figures(export_meta(run, out, step, dtype, parts), as_json)
         return
     from puna.run import export
 
-    _print(export(run, out, step, dtype, check), as_json)
+    print_figures(export(run, out, step, dtype, check), as_json)
 
 
 @puna.command()
@@ -597,122 +574,8 @@ def lab_fsdp(processes: tuple[int, ...], steps: int, simulate: bool, as_json: bo
         print_tables(result)
 
 
-# --- recipes --------------------------------------------------------------------------------------------------------
-
-
-@puna.group()
-def recipe() -> None:
-    """Recipes: list, show, init, diff, schema, reference.
-
-    \b
-    Example:  puna recipe show llama3-8b --train.lr 1e-4
-    """
-
-
-@recipe.command("list")
-@as_json
-def recipe_list(as_json: bool) -> None:
-    """The recipes that ship, with their exact parameter counts.
-
-    \b
-    Example:  puna recipe list
-    """
-    from puna.recipe import catalogue
-
-    counts = catalogue()
-    _print(counts if as_json else {name: f"{count:>15,} parameters" for name, count in counts.items()}, as_json)
-
-
-@recipe.command("show", context_settings=RECIPE_ARGUMENTS)
-@recipe_name
-@settings
-@click.option("--help-text", is_flag=True, help="Also what each key means.")
-@click.option("--toml", is_flag=True, help="Print the resolved recipe as a TOML file instead.")
-@as_json
-def recipe_show(recipe: str, overrides: tuple[str, ...], help_text: bool, toml: bool, as_json: bool) -> None:
-    """Every value of a recipe, and the layer that set it.
-
-    \b
-    Example:  puna recipe show demo --train.lr 1e-3
-    """
-    from puna.recipe import load, show, table
-
-    loaded = load(recipe, overrides)
-    if toml:
-        click.echo(loaded.text, nl=False)
-    elif as_json:
-        click.echo(json.dumps(show(loaded)))
-    else:
-        click.echo(table(loaded, help_text), nl=False)
-
-
-@recipe.command("init")
-@click.argument("name", default="demo")
-@click.option(
-    "--out",
-    default="mine.toml",
-    show_default=True,
-    type=click.Path(path_type=Path),
-    help="File to write; must not exist.",
-)
-def recipe_init(name: str, out: Path) -> None:
-    """Write a recipe of your own to edit.
-
-    It begins from the shipped recipe NAME (demo where not given) and holds what is usually changed, with what each
-    key means.
-
-    \b
-    Example:  puna recipe init tiny --out mine.toml
-    """
-    from puna.recipe import write_starter
-
-    write_starter(name, out)
-    click.echo(out)
-
-
-@recipe.command("diff")
-@click.argument("a")
-@click.argument("b")
-@as_json
-def recipe_diff(a: str, b: str, as_json: bool) -> None:
-    """The keys whose values differ, with both values and the layers that set them.
-
-    A and B are names, TOML files or run directories.
-
-    \b
-    Example:  puna recipe diff llama3-8b llama3.1-8b
-    """
-    from puna.recipe import diff, diff_table, load
-
-    records = diff(load(a), load(b))
-    click.echo(json.dumps(records) if as_json else diff_table(a, b, records), nl=as_json)
-
-
-@recipe.command("schema")
-def recipe_schema() -> None:
-    """JSON schema of a recipe file, for editors.
-
-    \b
-    Example:  puna recipe schema > recipe.schema.json
-    """
-    from puna.recipe import schema
-
-    click.echo(json.dumps(schema(), indent=2))
-
-
-@recipe.command("reference")
-def recipe_reference() -> None:
-    """Every setting with default, unit, meaning and limits, in Markdown.
-
-    \b
-    Example:  puna recipe reference
-    """
-    from puna.recipe import reference
-
-    click.echo(reference(), nl=False)
-
-
 puna.add_command(plan)
+puna.add_command(recipe)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ from typing import Any
 
 import click
 
-as_json = click.option(
-    "--json", "as_json", is_flag=True, help="Print the figures as JSON, and nothing else, on stdout."
-)
+from puna.verbs import as_json, print_figures
+
 csv_file = click.argument("file", metavar="FILE.csv", type=click.Path(path_type=Path))
 
 
@@ -83,7 +82,7 @@ def estimate(
     figures = describe(case, load())
     if not figures["fits"]:
         figures["shortfall"], figures["remedies"] = shortfall(case), remedies(case, load())
-    _print(figures, as_json)
+    print_figures(figures, as_json)
     if not figures["fits"] and not as_json:
         click.echo(sentence(figures["shortfall"], figures["remedies"]))
 
@@ -138,7 +137,10 @@ def sweep(model: str, gpu: str, sizes: str, batch: int | None, out: Path | None,
     from puna.plan import hardware, job
     from puna.plan import sweep as scaling
     from puna.plan.constants import load
+    from puna.plan.workload import PlanError
 
+    if not all(word.strip().isdecimal() for word in sizes.split(",")):
+        raise PlanError(f"--gpus {sizes!r} is no list of whole numbers", "Give numbers of devices, such as 8,64,512.")
     counts = [int(word) for word in sizes.split(",")]
     shape = job.by_name(model)
     base = job.usual_layout(shape, hardware.cluster(gpu, max(counts)), None, None)
@@ -176,7 +178,7 @@ def compare(run: Path, gpu: str, gpus: int | None, as_json: bool) -> None:
     cluster = hardware.cluster(gpu, gpus or recipe.run.num_processes)
     shape, base = job.of_recipe(recipe.model, recipe.train, recipe.mesh, cluster)
     figures = comparison.compare(job.build(shape, cluster, base, {}), run, constants())
-    _print(figures, as_json)
+    print_figures(figures, as_json)
 
 
 @plan.command()
@@ -199,7 +201,7 @@ def validate(file: Path, predictions: Path | None, as_json: bool) -> None:
     figures, rows = validation.validate(found, load())
     if predictions:
         validation.write_predictions(rows, predictions)
-    _print(figures, as_json)
+    print_figures(figures, as_json)
 
 
 @plan.command()
@@ -222,7 +224,7 @@ def fit(file: Path, draws: int, out: Path | None, as_json: bool) -> None:
     fitted, predicted = fit_all(runs, draws)
     figures = left_out(runs, fitted, predicted)
     constants.save(fitted, out or constants.FILE, num_runs=len(runs), leave_one_source_out=figures)
-    _print({"leave_one_source_out": figures, "constants": fitted.confidence()}, as_json)
+    print_figures({"leave_one_source_out": figures, "constants": fitted.confidence()}, as_json)
 
 
 @plan.command()
@@ -241,7 +243,7 @@ def hardware(name: str | None, as_json: bool) -> None:
     if name or as_json:
         gpus = [table.find(name)] if name else list(table.gpus().values())
         figures = {gpu.name: asdict(gpu) for gpu in gpus}
-        _print(figures if name else {"gpus": figures, "clusters": table.clusters()}, as_json)
+        print_figures(figures if name else {"gpus": figures, "clusters": table.clusters()}, as_json)
         return
     click.echo(f"{'name':<16}{'TFLOPS bf16':>12}{'GB':>6}{'TB/s':>7}{'link GB/s':>11}{'net Gb/s':>10}{'W':>6}")
     for gpu in table.gpus().values():
@@ -278,21 +280,3 @@ def _job(
     seq_len = seq_len or base.seq_len
     tokens = batch_tokens or base.global_batch * base.seq_len
     return shape, cluster, replace(base, seq_len=seq_len, global_batch=max(1, tokens // seq_len))
-
-
-def _print(figures: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        click.echo(json.dumps(figures))
-        return
-    rows = list(_flat(figures))
-    width = max(len(key) for key, _ in rows)
-    for key, value in rows:
-        click.echo(f"{key:<{width}}  {f'{value:.4g}' if isinstance(value, float) else value}")
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> Any:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield prefix + key, value

@@ -1,7 +1,6 @@
 """Accelerators and clusters: what data sheets say, each figure with its source; users add their own in TOML."""
 
 import difflib
-import os
 import tomllib
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from puna.errors import UserError
+from puna.train.hardware import Hardware, default_path, read
 
 TABLE = Path(__file__).parent / "hardware.toml"
 UNKNOWN_ACHIEVABLE = 0.8
@@ -80,8 +80,8 @@ class Cluster:
 
 
 def user_folder() -> Path:
-    """Where users put tables of their own: $XDG_CONFIG_HOME/puna/hardware (~/.config if unset)."""
-    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "puna" / "hardware"
+    """Where users put tables of their own, and `puna doctor` the entry of this machine."""
+    return default_path().parent
 
 
 def gpus() -> dict[str, Gpu]:
@@ -125,27 +125,29 @@ def _gpus(stamp: tuple[tuple[str, float], ...]) -> dict[str, Gpu]:
     found: dict[str, Gpu] = {}
     for path, _ in stamp:
         table = _table(Path(path))
-        entries = table.get("gpu", {}) if "device" not in table else {"this-machine": _measured(table)}
+        entries = table.get("gpu", {}) if "device" not in table else {"this-machine": _measured(read(Path(path)), path)}
         for name, entry in entries.items():
             found[name] = _gpu(name, entry, found, path)
     return found
 
 
-def _measured(table: dict[str, Any]) -> dict[str, Any]:
-    """An entry that `puna doctor` left, in the terms of the table."""
-    rates = {name.replace("float", "fp").replace("bfp16", "bf16"): rate for name, rate in table["matrix_flops"].items()}
-    bandwidth = max(table["memory_bandwidth"].values())
+def _measured(machine: Hardware, path: str) -> dict[str, Any]:
+    """What `puna doctor` left, in the terms of the table. Raises HardwareError where it could not measure enough."""
+    if not machine.matrix_flops or not machine.memory_bandwidth:
+        raise HardwareError(f"{path} holds no rate of matrices or of memory", "Run `puna doctor` again, or remove it.")
+    bandwidth = max(machine.memory_bandwidth.values())
+    link = machine.link_bandwidth or bandwidth / 10
     return {
-        "aliases": [table["name"]],
-        "flops": {name: rate / 1e12 for name, rate in rates.items()},
+        "aliases": [machine.name],
+        "flops": {dtype: rate / 1e12 for dtype, rate in machine.matrix_flops.items()},
         "achievable": 1.0,
-        "memory": (table.get("memory") or 0) / 1e9,
+        "memory": (machine.memory or 0) / 1e9,
         "bandwidth": bandwidth / 1e12,
-        "link": table.get("link_bandwidth", bandwidth / 10) / 1e9,
-        "network": table.get("link_bandwidth", bandwidth / 10) * 8 / 1e9,
+        "link": link / 1e9,
+        "network": link * 8 / 1e9,
         "power": 0.0,
-        "domain": table.get("num_devices", 1),
-        "processors": table.get("num_cores", 1),
+        "domain": machine.num_devices,
+        "processors": machine.num_cores,
         "sources": "measured by `puna doctor`",
     }
 

@@ -4,11 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from puna.chart import log_ticks, short, ticks
-from puna.plan import hardware, png
+from puna.chart import short
+from puna.plan import hardware
 from puna.plan.constants import Fitted
 from puna.plan.describe import describe
 from puna.plan.layout import Case, Layout
@@ -17,14 +18,14 @@ from puna.plan.workload import PlanError, Transformer
 
 SEQUENCES = 2
 """Sequences of a device under weak scaling."""
-WIDTH, HEIGHT, EDGE = 640, 300, 56
+SIZE = (6.4, 3.2)
+"""Inches of one picture, of 100 pixels."""
 PICTURES = (
     ("Tokens/s of one device", "tokens_per_s_per_gpu"),
     ("Model FLOPs utilisation", "mfu"),
     ("Exposed share of communication", "exposed"),
     ("Tokens a joule", "tokens_per_joule"),
 )
-COLOURS = ("#2563b8", "#bf5413", "#2b7f55")
 
 
 def sweep(
@@ -58,7 +59,7 @@ def _row(figures: dict[str, Any]) -> dict[str, Any]:
 
 def page(model: Transformer, gpu: str, found: dict[str, list[dict[str, Any]]]) -> str:
     """The pictures and the best layouts as one HTML page without script."""
-    figures = "".join(f"<h2>{title}</h2>{_picture(found, key)}" for title, key in PICTURES)
+    figures = "".join(_picture(found, title, key) for title, key in PICTURES)
     head = ("gpus", "tp", "pp", "cp", "dp", "micro_batch", "sharding", "recompute", "mfu")
     cells = [
         [short(row[k]) if isinstance(row[k], float) else escape(str(row[k])) for k in head] for row in found["best"]
@@ -74,31 +75,42 @@ def page(model: Transformer, gpu: str, found: dict[str, list[dict[str, Any]]]) -
     )
 
 
-def _picture(found: dict[str, list[dict[str, Any]]], key: str) -> str:
-    lines = _lines(found, key)
-    points = [point for line in lines.values() for point in line]
-    if not points:
-        return "<p>nothing to draw</p>"
-    low, high = min(x for x, _ in points), max(x for x, _ in points)
-    marks = ticks(0, max(y for _, y in points), 5)
+def _picture(found: dict[str, list[dict[str, Any]]], title: str, key: str) -> str:
+    """One picture as an SVG element."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = math.log(x / low) / (math.log(high / low) or 1)
-        return EDGE + across * (WIDTH - 2 * EDGE), HEIGHT - 30 - y / marks[-1] * (HEIGHT - 50)
+    figure = Figure(figsize=SIZE, layout="constrained")
+    _draw(figure.add_subplot(), found, title, key)
+    text = StringIO()
+    with rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return "<svg" + text.getvalue().partition("<svg")[2]
 
-    parts = []
-    for mark in marks:
-        _, y = place(low, mark)
-        parts.append(f'<path d="M{EDGE} {y:.1f}H{WIDTH - EDGE}" stroke="#ddd"/>')
-        parts.append(f'<text x="{EDGE - 6}" y="{y + 4:.1f}" text-anchor="end">{short(mark)}</text>')
-    for x in [x for x in log_ticks(low, high) if low <= x <= high] or [low]:
-        parts.append(f'<text x="{place(x, 0)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{short(x)}</text>')
-    for colour, (name, line) in zip(COLOURS, lines.items(), strict=False):
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
-        x, y = place(*line[-1])
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{x + 4:.1f}" y="{y + 4:.1f}" fill="{colour}">{name}</text>')
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" role="img">{"".join(parts)}</svg>'
+
+def _png(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """All pictures, one below the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(SIZE[0], SIZE[1] * len(PICTURES)), dpi=100, layout="constrained")
+    for place, (title, key) in zip(figure.subplots(len(PICTURES)), PICTURES, strict=True):
+        _draw(place, found, title, key)
+    figure.savefig(path)
+
+
+def _draw(place: Any, found: dict[str, list[dict[str, Any]]], title: str, key: str) -> None:
+    """The lines of one figure over the number of devices, on matplotlib axes."""
+    for name, line in _lines(found, key).items():
+        place.plot(*zip(*line, strict=True), marker="o", label=name)
+    place.set(title=title, xlabel="devices", xscale="log", ylim=(0, None))
+    place.set_xticks(*zip(*_sizes(found).items(), strict=True), minor=False)
+    place.minorticks_off()
+    place.grid(alpha=0.3)
+    place.legend()
+
+
+def _sizes(found: dict[str, list[dict[str, Any]]]) -> dict[int, str]:
+    return {row["gpus"]: f"{row['gpus']:,}" for rows in found.values() for row in rows}
 
 
 def _lines(found: dict[str, list[dict[str, Any]]], key: str) -> dict[str, list[tuple[float, float]]]:
@@ -109,6 +121,6 @@ def write(model: Transformer, gpu: str, found: dict[str, list[dict[str, Any]]], 
     """Write the pictures: as PNG where the name ends in .png, else as an HTML page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".png":
-        path.write_bytes(png.charts([(title, _lines(found, key)) for title, key in PICTURES]))
+        _png(found, path)
     else:
         path.write_text(page(model, gpu, found), encoding="utf-8")

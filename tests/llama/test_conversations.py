@@ -17,14 +17,9 @@ from puna.llama.tokenizer import Tokenizer
 from puna.llama.tools import ToolCall
 
 sys.path.append(str(Path(__file__).parents[1]))
-from tiny_llama import tiny_model, tiny_tokenizer
+from tiny_llama import tiny_model
 
 USER, SAID = {"role": "user", "content": "Who eats grass?"}, {"role": "assistant", "content": "The llama."}
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tokenizer:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

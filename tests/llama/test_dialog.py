@@ -1,26 +1,10 @@
 """Chat formats, id by id."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from puna.errors import DataError
 from puna.llama.dialog import Message, Rendered, Style, parse, parse_answer, parse_answer_text, render
 from puna.llama.tokenizer import Tokenizer
-
-sys.path.append(str(Path(__file__).parents[1]))
-from tiny_llama import tiny_tokenizer
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Tokenizer:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
-def llama3(data_dir) -> Tokenizer:
-    return Tokenizer.load(data_dir / "tok-llama3")
 
 
 @pytest.fixture(scope="session")

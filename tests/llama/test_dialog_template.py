@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,6 @@ from puna.llama.template import TEMPLATE_FILE
 from puna.llama.tokenizer import Tokenizer
 from puna.llama.tools import DIALECTS, ToolCall
 
-sys.path.append(str(Path(__file__).parents[1]))
-from tiny_llama import tiny_tokenizer
-
 transformers = pytest.importorskip("transformers")
 
 
@@ -24,11 +20,6 @@ def exported(tokenizer: Tokenizer, folder: Path) -> Any:
     tokenizer.to_hf(folder)
     (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
     return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory) -> Tokenizer:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

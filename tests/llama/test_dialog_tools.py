@@ -17,16 +17,6 @@ from tiny_llama import tiny_tokenizer
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Tokenizer:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
-def llama3(data_dir) -> Tokenizer:
-    return Tokenizer.load(data_dir / "tok-llama3")
-
-
 def ids_of(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a transcript that shows control tokens by name."""
     parts = re.split(r"(<\|\w+\|>)", text)

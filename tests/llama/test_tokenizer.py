@@ -2,8 +2,6 @@
 
 import base64
 import json
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,10 +17,6 @@ from puna.llama.tokenizer import (
     slices,
     special_names,
 )  # fmt: skip
-
-sys.path.append(str(Path(__file__).parents[1]))
-from tiny_llama import tiny_tokenizer
-
 from puna.llama.tokenizer_json import byte_alphabet
 
 # Ids of the Llama 3 file, worked out with a plain BPE; the last two entries of llama-models' own unit test.
@@ -60,22 +54,12 @@ CONTROL_STRINGS = [
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Tokenizer:
-    return tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
 def ranks(tmp_path_factory) -> Tokenizer:
     """A rank file: the bytes in order, and a few joins."""
     joined = [b"th", b"the", b" t", b" the", b"er", "ñ".encode(), b"\n\n"]
     path = tmp_path_factory.mktemp("ranks") / "tokenizer.model"
     path.write_bytes(rank_lines([bytes([i]) for i in range(256)] + joined))
     return Tokenizer.load(path)
-
-
-@pytest.fixture(scope="session")
-def llama3(data_dir) -> Tokenizer:
-    return Tokenizer.load(data_dir / "tok-llama3")
 
 
 @pytest.fixture(scope="session")

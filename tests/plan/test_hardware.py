@@ -6,6 +6,7 @@ import pytest
 
 from puna.plan import hardware
 from puna.plan.hardware import HardwareError
+from puna.train.hardware import Hardware, default_path, write
 
 WANTED = (  # noqa: SIM905
     "v100-16 a100-40 a100-80 h100-pcie h100-sxm h100-nvl h100-500w h200 b200 b300 gb200 mi250x mi300x mi355x l40s "
@@ -75,13 +76,17 @@ def test_a_bad_entry_is_named(text: str, words: str) -> None:
 
 
 def test_what_doctor_measured_is_an_accelerator() -> None:
-    _write(
-        'name = "this machine"\ndevice = "cpu"\nnum_devices = 1\nnum_cores = 2\nmemory = 24000000000\n'
-        "link_bandwidth = 2e9\n[matrix_flops]\nfloat32 = 1e11\nbfloat16 = 5e10\n[memory_bandwidth]\nfloat32 = 1e10\n"
-    )
+    rates = {"matrix_flops": {"fp32": 1e11, "bf16": 5e10}, "memory_bandwidth": {"fp32": 1e10}}
+    write(Hardware(num_cores=2, memory=24_000_000_000, link_bandwidth=2e9, **rates), default_path())
     gpu = hardware.find("this machine")
     assert gpu.flops == {"fp32": 0.1, "bf16": 0.05}
-    assert (gpu.memory, gpu.bandwidth, gpu.link) == (24.0, 0.01, 2.0)
+    assert (gpu.memory, gpu.bandwidth, gpu.link, gpu.network, gpu.processors) == (24.0, 0.01, 2.0, 16.0, 2)
+
+
+def test_an_entry_without_rates_is_told() -> None:
+    write(Hardware(memory=24_000_000_000), default_path())
+    with pytest.raises(hardware.HardwareError, match=r"this-machine.toml holds no rate of matrices.*puna doctor"):
+        hardware.gpus()
 
 
 def test_a_rack_is_one_domain() -> None:
