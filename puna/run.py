@@ -24,6 +24,7 @@ from puna.llama.pretrain import Pretrain
 from puna.llama.shards import write_atomic
 from puna.llama.template import TEMPLATE_FILE, chat_template
 from puna.llama.tokenizer import Tokenizer
+from puna.predicted import explained, out_of_memory_recorded, predict
 from puna.recipe import Loaded, Recipe
 from puna.train.checkpoint import complete_steps, hold_lock
 from puna.train.disk import require_plan
@@ -52,7 +53,8 @@ def train(loaded: Loaded) -> dict[str, Any]:
 
     Under torchrun every rank calls it, and only rank 0 has something to return; the others get an empty dict.
     Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None).
-    Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed, Hung, RanksDiffer.
+    Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed, Hung, RanksDiffer,
+    OutOfMemory.
     """
     config = loaded.recipe.run
     run = Path(config.dir)
@@ -60,10 +62,11 @@ def train(loaded: Loaded) -> dict[str, Any]:
     if rank == 0:
         refuse_other_mesh(loaded.recipe)
         prepare(loaded, run)
-    if "RANK" in os.environ:
-        train_ranks(loaded.recipe, run)
-    else:
-        launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads, config.max_restarts)
+    with out_of_memory_recorded(loaded.recipe, run):
+        if "RANK" in os.environ:
+            train_ranks(loaded.recipe, run)
+        else:
+            launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads, config.max_restarts)
     return outcome(run) if rank == 0 else {}
 
 
@@ -114,7 +117,7 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
     """One rank's part of a run."""
     common = recipes.flat(recipe) | code_version() | data_version(recipe)
     agree = partial(require_same, run, common, "at the start")
-    with open_mesh(recipe.run, recipe.mesh, agree) as place, watch(run, recipe.run):
+    with open_mesh(recipe.run, recipe.mesh, agree) as place, watch(run, recipe.run), explained(recipe, run, place):
         recipes.check_ranks(recipe, place.world_size)
         compute = choose_compute(recipe.train.dtype, place.device)
         if compute.dtype == torch.float16 and place.device.type == "cpu":
@@ -135,7 +138,8 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
             place,
             compute,
         )
-        Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops).go()
+        prediction = predict(recipe, place, compute)
+        Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops, prediction=prediction).go()
 
 
 def data_version(recipe: Recipe) -> dict[str, str]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from puna.errors import UserError
 from puna.plan import hardware
+from puna.plan.fits import ROOM
 from puna.plan.footprint import footprint
 from puna.plan.layout import RECOMPUTES, SCHEDULES, SHARDINGS, STACKS, Attention, Case, Layout, columns
 from puna.plan.workload import PlanError, Transformer
@@ -29,7 +30,6 @@ VOCABULARIES = (
     (r"qwen", 151936),
     (r"nemotron-?4|nemotron", 256000),
 )
-USABLE_MEMORY = 0.95
 FAMILIES = (
     "GB300",
     "GB200",
@@ -150,7 +150,7 @@ def _needs(cases: list[Case]) -> np.ndarray:
 
 
 def _room(case: Case) -> float:
-    return USABLE_MEMORY * case.cluster.gpu.memory * 1e9
+    return ROOM * case.cluster.gpu.memory * 1e9
 
 
 def _number(row: Mapping[str, str | None], key: str, default: float) -> float:

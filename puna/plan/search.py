@@ -10,14 +10,12 @@ import numpy as np
 from puna.plan.constants import Fitted
 from puna.plan.describe import describe
 from puna.plan.estimate import estimate
-from puna.plan.fits import remedies, shortfall
+from puna.plan.fits import ROOM, remedies, shortfall
 from puna.plan.footprint import footprint
 from puna.plan.hardware import Cluster
 from puna.plan.layout import SHARDINGS, Case, Columns, Layout, columns
 from puna.plan.workload import PlanError, Transformer
 
-ROOM = 0.92
-"""Share of the memory that a plan may fill."""
 CHANGES = (("network bandwidth x 2", {"net": 2.0}), ("network bandwidth / 2", {"net": 0.5}),
            ("memory x 1.5", {"capacity": 1.5}), ("memory / 1.5", {"capacity": 1 / 1.5}),
            ("fast links x 2", {"link": 2.0}), ("matrix rate x 2", {"peak": 2.0, "peak16": 2.0}))  # fmt: skip
