@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from puna.errors import DataError
 from puna.plan import constants, runs, validate
 from puna.plan.constants import load
 
@@ -72,3 +73,24 @@ def test_predictions_are_written_for_every_row(published: runs.Runs, tmp_path: P
     assert [row["id"] for row in back] == [run.id for run in published.runs]
     for row in back:
         assert 0 < float(row["low_s"]) < float(row["predicted_s"]) < float(row["high_s"])
+
+
+def test_a_file_without_usable_rows_has_the_same_keys(tmp_path: Path, published: runs.Runs) -> None:
+    empty, _ = validate.validate(runs.Runs((), {"no speed": 3}, ()), load())
+    whole, _ = validate.validate(published, load())
+    assert set(empty) == set(whole)
+    assert empty["n"] == empty["n_without_vts"] == 0
+    assert empty["skipped"] == {"no speed": 3}
+    assert empty["median_abs_pct_error"] is None
+    grid = runs.Runs(tuple(run for run in published.runs if run.source == "vts")[:5], {}, ())
+    figures, rows = validate.validate(grid, load())
+    assert (figures["n"], figures["n_without_vts"], len(rows)) == (5, 0, 5)
+
+
+def test_predictions_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"out\.csv cannot be written: No such file"):
+        validate.write_predictions([], tmp_path / "nowhere" / "out.csv")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match=r"folder\.csv cannot be written: Is a directory"):
+        validate.write_predictions([], tmp_path / "folder.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.csv"]
