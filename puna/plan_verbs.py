@@ -55,6 +55,7 @@ def plan() -> None:
     type=click.Choice(["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]),
     help="Number format of the matrix products.",
 )
+@click.option("--frozen", is_flag=True, help="The decoder's own weights are not trained: adapters, or its sight, are.")
 @click.option(
     "--stack",
     type=click.Choice(["pytorch-eager", "pytorch-compiled", "megatron", "jax-xla", "oneflow"]),
@@ -184,8 +185,16 @@ def compare(run: Path, gpu: str, gpus: int | None, as_json: bool) -> None:
 @plan.command()
 @csv_file
 @click.option("--predictions", type=click.Path(path_type=Path), help="CSV to write: id, predicted_s, low_s, high_s.")
+@click.option(
+    "--kind",
+    multiple=True,
+    default=("dense",),
+    show_default=True,
+    type=click.Choice(["dense", "lora", "moe"]),
+    help="Rows to attempt, by their column `kind`; several times.",
+)
 @as_json
-def validate(file: Path, predictions: Path | None, as_json: bool) -> None:
+def validate(file: Path, predictions: Path | None, kind: tuple[str, ...], as_json: bool) -> None:
     """Errors on published runs: predicted over measured iteration time.
 
     \b
@@ -195,7 +204,7 @@ def validate(file: Path, predictions: Path | None, as_json: bool) -> None:
     from puna.plan.constants import load
     from puna.plan.runs import read
 
-    found = read(file)
+    found = read(file, kind)
     for line in found.broken:
         click.echo(f"left out: {line}", err=True)
     figures, rows = validation.validate(found, load())

@@ -28,7 +28,7 @@ def describe(case: Case, fitted: Fitted) -> dict[str, Any]:
     tokens = case.layout.global_batch * case.layout.seq_len
     gpus = case.cluster.gpus
     rate = tokens / middle / gpus
-    model_flops = case.model.flops_per_token(case.layout.seq_len, causal=False) * rate
+    model_flops = case.model.flops_per_token(case.layout.seq_len, causal=False, frozen=case.layout.frozen) * rate
     need = {name: float(value[0]) / 1e9 for name, value in footprint(c).items()}
     watts = power(case, parts)
     figures: dict[str, Any] = {

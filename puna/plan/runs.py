@@ -20,7 +20,7 @@ from puna.plan import hardware
 from puna.plan.fits import ROOM
 from puna.plan.footprint import footprint
 from puna.plan.layout import SCHEDULES, STACKS, Attention, Case, Layout, columns
-from puna.plan.workload import PlanError, Transformer
+from puna.plan.workload import PlanError, Transformer, find
 
 KEY = ("layers", "hidden", "seq_len", "gpus", "tp", "pp", "global_batch_seqs")
 GATED_FAMILIES = re.compile(r"llama|mistral|mixtral|qwen|yi-|internlm|olmo|gemma|deepseek", re.I)
@@ -168,12 +168,32 @@ def _cell(value: object) -> str | None:
 NO_SPEED = "no speed"
 
 
+MIXTURES = (
+    (r"mixtral.*8x22b", "mixtral-8x22b"),
+    (r"mixtral.*8x7b", "mixtral-8x7b"),
+    (r"qwen3.*235b", "qwen3-235b-a22b"),
+    (r"qwen3.*30b", "qwen3-30b-a3b"),
+    (r"gpt.?oss.*120b", "gpt-oss-120b"),
+    (r"gpt.?oss.*20b", "gpt-oss-20b"),
+)
+"""Public mixtures, whose rows state neither layers nor experts."""
+
+
+def _mixture(row: Mapping[str, str | None]) -> Transformer | None:
+    name = row.get("model") or ""
+    known = next((model for pattern, model in MIXTURES if re.search(pattern, name, re.I)), None)
+    return find(known) if known else None
+
+
 def _left_out(row: Mapping[str, str | None], kinds: tuple[str, ...]) -> str:
     """Why a row is no run of those kinds with the full key and a speed; empty where it is one."""
     kind = (row.get("kind") or "dense").lower()
     if kind not in kinds:
         return f"kind {kind}"
-    if not all(row.get(key) for key in KEY):
+    if kind == "moe" and _mixture(row) is None:
+        return "mixture of unknown shape"
+    key = [name for name in KEY if kind != "moe" or name not in ("layers", "hidden")]
+    if not all(row.get(name) for name in key):
         return "incomplete key"
     return "" if row.get("tokens_per_s_per_gpu") or row.get("iter_time_s") else NO_SPEED
 
@@ -251,6 +271,9 @@ def _word(row: Mapping[str, str | None], key: str, same: Sequence[tuple[str, str
 
 def _model(row: Mapping[str, str | None]) -> Transformer:
     name = row.get("model") or ""
+    mixture = _mixture(row) if (row.get("kind") or "").lower() == "moe" else None
+    if mixture:
+        return mixture
     hidden = _count(row, "hidden", 1)
     heads = _count(row, "heads", max(1, hidden // 128))
     ffn = _count(row, "ffn", 4 * hidden)
@@ -324,6 +347,8 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         pp=pp,
         vp=_count(row, "vp", _chunks(model.layers, pp, batch // (dp * micro) or 1, stack, flash, interleaved)),
         cp=cp,
+        ep=_count(row, "ep", 1),
+        frozen=(row.get("kind") or "").lower() == "lora",
         micro_batch=micro,
         seq_len=seq_len,
         sharding=sharding,

@@ -12,11 +12,16 @@ from puna.plan.constants import load
 
 
 @pytest.fixture(scope="session")
-def published(data_dir: Path) -> runs.Runs:
+def published_path(data_dir: Path) -> Path:
     path = data_dir.parent / "planner" / "runs.csv"
     if not path.is_file():
         pytest.skip(f"no published runs at {path}")
-    return runs.read(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def published(published_path: Path) -> runs.Runs:
+    return runs.read(published_path)
 
 
 def test_the_errors_on_published_runs(published: runs.Runs) -> None:
@@ -27,6 +32,16 @@ def test_the_errors_on_published_runs(published: runs.Runs) -> None:
     assert figures["p90_abs_pct_error_without_vts"] <= 25
     assert figures["source_balanced_median_without_vts"] <= 9
     assert figures["by_source"]["vts"]["median_abs_pct_error"] <= 12
+
+
+@pytest.mark.parametrize(("kind", "most", "inside"), [("lora", 15, 60), ("moe", 30, 70)])
+def test_rows_that_no_fit_saw(published_path: Path, kind: str, most: float, inside: float) -> None:
+    """Adapters of low rank and mixtures: no constant was fitted to them, and a mixture's interval says so."""
+    found = runs.read(published_path, (kind,))
+    figures, _ = validate.validate(found, load())
+    assert figures["n"] > 50
+    assert figures["median_abs_pct_error"] <= most
+    assert figures["interval_coverage_80"] >= inside
 
 
 def test_the_memory_of_published_runs(published: runs.Runs) -> None:
