@@ -187,6 +187,17 @@ def test_decoding_reads_weights_and_the_cache() -> None:
     assert serving.cache_bytes(model, 1) == 2 * 80 * 8 * 128 * 2
 
 
+def test_a_mixture_decodes_by_reading_what_its_tokens_need() -> None:
+    model, cluster, k = workload.find("mixtral-8x7b"), hardware.cluster("h100-sxm", 8), load().constants
+    dense = Transformer(32, 4096, 2 * 14336, 32, 8, 32000)
+    one, like = (serving.serve(m, cluster, k, batch=1, prompt=16384, answer=64) for m in (model, dense))
+    assert one.decode == pytest.approx(like.decode, rel=0.01)
+    assert one.prefill == pytest.approx(like.prefill, rel=0.01)
+    assert one.weight_bytes > 3 * like.weight_bytes
+    many, as_many = (serving.serve(m, cluster, k, batch=8, prompt=512, answer=64) for m in (model, dense))
+    assert many.decode > 1.5 * as_many.decode
+
+
 @pytest.mark.parametrize(("changes", "words"), [({"batch": 0}, "batch is 0"), ({}, "more than the 8")])
 def test_serving_refuses_what_cannot_be(changes: dict[str, int], words: str) -> None:
     gpus = 8 if changes else 16
