@@ -17,6 +17,7 @@ from puna.corpus.build import build_corpus
 from puna.corpus.tokenize import tokenize_corpus
 from puna.errors import OutOfMemory
 from puna.recipe import Recipe, load
+from puna.report import write_report
 from puna.train import hardware
 from puna.train.checkpoint import complete_steps
 from puna.train.hardware import Hardware
@@ -66,8 +67,11 @@ def train(run: Path, shards: Path, *words: str, more: int = 0, **environment: st
 
 def test_a_run_that_is_refused_memory_says_what_it_needs(tmp_path: Path, shards: Path) -> None:
     """The kernel really refuses: the address space has 450 MB more than the libraries take, and 790 are needed."""
-    ended = train(tmp_path / "run", shards, "--train.micro_batch", "512", more=450 << 20)
+    nothing = str(tmp_path / "config")
+    ended = train(tmp_path / "run", shards, "--train.micro_batch", "512", more=450 << 20, XDG_CONFIG_HOME=nothing)
     assert ended.returncode == OutOfMemory.exit_code, ended.stderr
+    assert "no prediction: this machine has not been measured. `puna doctor` does it in seconds." in ended.stderr
+    assert not [event for event in read_events(tmp_path / "run") if event["event"] == "prediction"]
     assert "Traceback" not in ended.stderr
     words, limit = ended.stderr.replace("\n", " "), int(ended.stdout.split()[1])
     assert "rank 0 was refused" in words
@@ -175,9 +179,26 @@ def measured_machine(folder: Path) -> Path:
     return folder
 
 
-def test_a_run_without_a_measured_machine_says_why_there_is_no_prediction(tmp_path: Path, shards: Path) -> None:
-    quick = ("--train.batch_tokens", "1024", "--train.tokens", "2048")
-    plain = train(tmp_path / "run", shards, *quick, XDG_CONFIG_HOME=str(tmp_path / "empty"))
-    assert plain.returncode == 0, plain.stderr
-    assert "no prediction: this machine has not been measured. `puna doctor` does it in seconds." in plain.stderr
-    assert not [event for event in read_events(tmp_path / "run") if event["event"] == "prediction"]
+def test_a_layout_that_was_searched_becomes_a_recipe_that_runs_beside_its_prediction(
+    tmp_path: Path, shards: Path
+) -> None:
+    """On two processes of this machine: `puna plan search --emit`, `puna train`, the report's panel."""
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CONFIG_HOME": str(measured_machine(tmp_path / "config"))}
+    found, run = tmp_path / "found.toml", tmp_path / "run"
+
+    def puna(*words: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "puna.cli", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, env=variables)
+
+    searched = puna("plan", "search", "tiny", "--gpu", "this-machine", "--gpus", 2, "--emit", found)
+    assert searched.returncode == 0, searched.stderr
+    loaded = load(str(found)).recipe
+    assert (loaded.run.num_processes, loaded.train.dtype) == (2, "fp32")
+    ended = puna("train", found, "--run.dir", run, "--data.path", shards, "--train.tokens", 3072, "--eval.tokens", 0)
+    assert ended.returncode == 0, ended.stderr
+    (told,) = (event for event in read_events(run) if event["event"] == "prediction")
+    assert told["low"] < told["seconds"] < told["high"]
+    assert told["tokens_per_s"] == pytest.approx(told["batch_tokens"] / told["seconds"])
+    assert told["memory_bytes"] == sum(told["memory"].values())
+    text = write_report(run).read_text()
+    assert "Predicted and measured" in text

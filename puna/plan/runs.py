@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from puna.errors import UserError
 from puna.plan import hardware
 from puna.plan.fits import ROOM
 from puna.plan.footprint import footprint
-from puna.plan.layout import SCHEDULES, STACKS, Attention, Case, Layout, columns
+from puna.plan.layout import SCHEDULES, STACKS, Attention, Case, Layout, Recompute, Sharding, Stack, columns
 from puna.plan.workload import PlanError, Transformer, find
 
 KEY = ("layers", "hidden", "seq_len", "gpus", "tp", "pp", "global_batch_seqs")
@@ -321,9 +322,8 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
     units.
     """
     notes = f"{row.get('notes') or ''} {row.get('source') or ''}"
-    stack = row.get("stack") or "pytorch-eager"
-    if stack not in STACKS:
-        stack = next(kind for pattern, kind in KIND_OF_STACK if re.search(pattern, stack, re.I))
+    stated = row.get("stack") or "pytorch-eager"
+    stack: Stack = cast(Stack, stated if stated in STACKS else _stack_like(stated))
     old = stack in ("megatron", "oneflow") and cluster.gpu.name.split("-")[0].upper() in FLASH_FREE
     attention = _attention(row.get("attention_impl") or "", stack, old or (stack == "jax-xla" and not model.gated))
     flash = attention != "unfused"
@@ -334,8 +334,8 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
     interleaved = re.search(r"interleaved", notes, re.I) is not None
     pieces = pp * (1 + interleaved) if torch else 0
     micro = _count(row, "micro_batch_seqs", _micro_batch(batch // dp or 1, seq_len, pp, pieces))
-    recompute = _word(row, "recompute", SAME_RECOMPUTE) or "none"
-    sharding = _word(row, "zero_or_fsdp", SAME_SHARDING) or _sharding(stack, flash)
+    recompute = cast(Recompute, _word(row, "recompute", SAME_RECOMPUTE) or "none")
+    sharding = cast(Sharding, _word(row, "zero_or_fsdp", SAME_SHARDING) or _sharding(stack, flash))
     precision = _precision(row)
     group = re.search(r"zero1=(\d+)", notes)
     modern = flash or stack not in ("megatron", "oneflow")
@@ -363,6 +363,10 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         overlaps_tensor=_overlaps_tensor(notes, stack, cluster.gpu, flash),
         reduce_bytes=_reduce_bytes(notes, stack, modern, precision or "bf16"),
     )  # fmt: skip
+
+
+def _stack_like(words: str) -> str:
+    return next(kind for pattern, kind in KIND_OF_STACK if re.search(pattern, words, re.I))
 
 
 def _precision(row: Mapping[str, str | None]) -> str:

@@ -1,6 +1,6 @@
 """The fastest layouts of a job that fit, and why: thousands of them are estimated at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -117,15 +117,16 @@ def search(
     base: Layout,
     fitted: Fitted,
     precisions: Sequence[str] = ("bf16",),
-    trainable: bool = False,
+    allowed: Callable[[Layout], bool] = lambda layout: True,
 ) -> Found:
-    """All candidates, the fastest that fit first. Raises PlanError where no sizes divide.
-
-    trainable: only what puna trains, which is data parallelism with sharded parameters.
-    """
-    layouts = list(candidates(model, cluster, base, precisions))
-    if trainable:
-        layouts = [x for x in layouts if x.tp == x.pp == x.cp == 1 and x.sharding in ("zero2", "zero3", "hsdp")]
+    """All candidates that are allowed, the fastest that fit first. Raises PlanError where there is none."""
+    divided = list(candidates(model, cluster, base, precisions))
+    layouts = [layout for layout in divided if allowed(layout)]
+    if divided and not layouts:
+        raise PlanError(
+            f"none of the {len(divided)} layouts of {cluster.gpus} GPUs is one that this package trains",
+            "Change the format, the batch or the number of GPUs, or search without --emit and --trainable.",
+        )
     if not layouts:
         raise PlanError(
             f"no layout of {cluster.gpus} GPUs divides a batch of {base.global_batch} sequences",
@@ -174,10 +175,10 @@ def report(
     base: Layout,
     fitted: Fitted,
     precisions: Sequence[str] = ("bf16",),
-    trainable: bool = False,
+    allowed: Callable[[Layout], bool] = lambda layout: True,
 ) -> dict[str, Any]:
     """Best, runner-up, what binds, and what would flip the choice; or why nothing fits and what would help."""
-    found = search(model, cluster, base, fitted, precisions, trainable)
+    found = search(model, cluster, base, fitted, precisions, allowed)
     if not found.num_fit:
         case = Case(model, cluster, found.layouts[int(np.argmin(found.bytes))])
         return {

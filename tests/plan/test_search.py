@@ -122,7 +122,7 @@ def test_what_fits_by_the_search_fits_by_the_estimate() -> None:
     """One bound for all: a layout is never found, and then refused."""
     cluster, model = hardware.cluster("a100-40", 32), workload.find("llama2-13b")
     found = search.search(model, cluster, Layout(global_batch=256, seq_len=4096), load())
-    for place, layout in enumerate(found.layouts[:200]):
+    for place, layout in enumerate(found.layouts[found.num_fit - 15 : found.num_fit + 15], found.num_fit - 15):
         told = search.describe(Case(model, cluster, layout), replace(load(), draws=()))
         assert told["fits"] == (place < found.num_fit)
         assert (fits.shortfall(Case(model, cluster, layout))["gap_gb"] == 0) == told["fits"]
@@ -151,8 +151,16 @@ def test_a_batch_that_no_device_count_divides_is_refused() -> None:
 def test_a_trainable_layout_becomes_a_recipe_and_another_is_refused() -> None:
     cluster = hardware.cluster("h100-sxm", 16)
     base = Layout(global_batch=64, seq_len=4096)
-    told = search.report(workload.find("llama3-8b"), cluster, base, load(), ("bf16",), trainable=True)
-    text = job.emit("llama3-8b", Layout(**told["best"]["layout"]))
+    told = search.report(workload.find("llama3-8b"), cluster, base, load(), ("bf16",), job.trainable)
+    best = Layout(**told["best"]["layout"])
+    text = job.emit("llama3-8b", best, 8)
     assert 'extends = "llama3-8b"' in text
+    assert "num_processes = 8" in text
     with pytest.raises(PlanError, match="no tp axis"):
-        job.emit("llama3-8b", replace(base, tp=2))
+        job.emit("llama3-8b", replace(base, tp=2), 8)
+    with pytest.raises(PlanError, match="does not compute in fp8"):
+        job.emit("llama3-8b", replace(best, precision="fp8"), 8)
+    alone = search.search(
+        workload.find("llama3.2-1b"), hardware.cluster("h100-sxm", 1), base, load(), ("bf16",), job.trainable
+    )
+    assert alone.layouts[0].sharding == "none"
