@@ -15,6 +15,10 @@ TENSORS = 12
 """Parameter tensors of a GPT block, biases and norms included: what sharding without flat units gathers one by one."""
 
 
+LAUNCH = 4e-6
+"""Seconds of a kernel beyond its work."""
+HANDOVER = 2e-5
+"""Seconds of passing activations to the next stage, beyond their bytes."""
 WORST = 0.2
 """Least share of its rate that a matrix product keeps, whatever its sizes."""
 SCHEDULE_FILL = np.array([1.0, 0.45, 0.05])
@@ -196,7 +200,7 @@ class _Forward:
         rate = peak * c.achievable * k.matmul * filled * deep * even * c.throttle**k.throttle
         moved = 2 * (rows * width + width * inner + rows * inner)
         feed = operations * k.feed / c.bw
-        return np.maximum(operations / rate + feed, moved / (c.bw * k.memory)) + 4e-6
+        return np.maximum(operations / rate + feed, moved / (c.bw * k.memory)) + LAUNCH
 
     def _attention(self, tokens: Array, head_dim: Array, rate: Array) -> Array:
         """Scores and values. Fused: half of the square; unfused: all of it, and its passes through memory."""
@@ -205,10 +209,10 @@ class _Forward:
         operations = 4 * tokens * c.s * head_dim * heads
         top = c.peak16 * c.achievable * c.throttle**k.throttle
         long = c.s / (c.s + 512)
-        fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 8e-6
+        fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 2 * LAUNCH
         even = np.maximum(WORST, 1 - k.align * 2 * _halvings(head_dim) / 3)
         square = tokens * c.s * heads
-        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 4 / rate + 5 * 4e-6
+        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 4 / rate + 5 * LAUNCH
         return np.where(c.flash > 0, fused, plain)
 
     def _pointwise(self, tokens: Array, rate: Array) -> Array:
@@ -311,7 +315,7 @@ def _pipeline(c: Columns, k: Constants, m: Array) -> Array:
     """Activations between stages: forward and backward of every micro-batch and chunk that nothing hides."""
     size = 2 * c.b * c.s / c.cp * c.h / c.tp
     across = c.tp * c.cp * c.dp >= c.domain
-    time = size / np.where(across, c.net * k.network, c.link * k.link) + 2e-5
+    time = size / np.where(across, c.net * k.network, c.link * k.link) + HANDOVER
     exposed = np.where((c.vp > 1) | (c.overlap > 0), 0.3, 1.0)
     return np.where(c.pp > 1, 2 * time * (m * c.vp * exposed + c.pp - 1), 0.0)
 
