@@ -34,7 +34,7 @@ from puna.llama.pretrain import Step, make_model
 from puna.llama.rope import Rotary
 from puna.plan.memory import estimate_memory
 from puna.train.config import MeshConfig, RunConfig, TrainConfig
-from puna.train.hardware import PROBE_BLOCKS, ProbeBlock
+from puna.train.hardware import PROBES, Probe
 from puna.train.launch import launch, resolve
 from puna.train.mesh import Mesh, choose_compute, open_mesh
 from puna.train.metrics import Recorder
@@ -43,7 +43,7 @@ from puna.train.shared_memory import shares_memory, use_shared_memory
 from puna.train.task import Cursor, GradientTask
 
 MIN_ROUNDS, MAX_ROUNDS, ROUND_SECONDS = 3, 15, 0.03
-MAX_SECONDS = 120
+MAX_SECONDS = 600
 WIDTH, HEAD_DIM = 256, 64
 ELEMENTS = (1 << 12, 1 << 16, 1 << 20, 1 << 22)
 PRODUCTS = ((64, 512, 2048), (64, 256, 1024), (64, 256, 1024))
@@ -53,6 +53,7 @@ UNIT_TENSORS, NUM_UNITS = 9, 3
 OPTIMIZED = (1 << 8, 1 << 16, 1 << 21)
 NUM_OPTIMIZED = 8
 TABLES = (1 << 16, 1 << 22)
+FRESH = (1 << 24, 1 << 25)
 TRIAL = LlamaConfig(
     num_layers=3, dim=256, ffn_dim=704, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=4096, max_seq_len=256
 )
@@ -174,9 +175,10 @@ def tables(mesh: DeviceMesh | None) -> Iterator[Table]:
         yield from _both(name, axes, [spent(kernel(*sizes)) for sizes in product(*axes)])
     for name, plain in (("add", _add), ("scale", _scale), ("softmax", _softmax)):
         yield name, (ELEMENTS,), [spent(plain(size)).forward for size in ELEMENTS]
+    yield "fresh", (FRESH,), [spent(_fresh_memory(size)).forward for size in FRESH]
     for recompute in ("none", "selective", "full"):
-        shapes = [spent(_block(shape, recompute)) for shape in PROBE_BLOCKS]
-        yield f"block_{recompute}", (tuple(range(1, len(shapes) + 1)),), [sum(shape) for shape in shapes]
+        seconds = [sum(spent(_blocks(probe, recompute))) for probe in PROBES]
+        yield f"blocks_{recompute}", (tuple(range(1, len(PROBES) + 1)),), seconds
     if mesh is not None:
         yield from _both("unit", (UNITS,), [_unit(size, mesh) for size in UNITS])
     yield "adamw", (OPTIMIZED,), [_adamw(size, mesh) for size in OPTIMIZED]
@@ -275,6 +277,11 @@ def _scale(size: int) -> Work:
     return lambda: (values * factor, _nothing)[1]
 
 
+def _fresh_memory(size: int) -> Work:
+    """Memory that the system has to map anew, as it does for every array beyond malloc's largest threshold."""
+    return lambda: (torch.empty(size).fill_(0.0), _nothing)[1]
+
+
 def _softmax(size: int) -> Work:
     """What the chunked loss does to logits between its products."""
     logits, picked = torch.randn(size // WIDTH, WIDTH), torch.randint(WIDTH, (size // WIDTH, 1))
@@ -289,19 +296,21 @@ def _softmax(size: int) -> Work:
     return run
 
 
-def _block(shape: ProbeBlock, recompute: Any) -> Work:
-    """A whole block of the trainer's model."""
-    sizes = {key: size for key, size in asdict(shape).items() if key not in ("tokens", "document")}
-    model = Llama(LlamaConfig(num_layers=1, vocab_size=1, max_seq_len=shape.tokens, **sizes))
+def _blocks(probe: Probe, recompute: Any) -> Work:
+    """Whole blocks of the trainer's model, one after another."""
+    sizes = {key: size for key, size in asdict(probe).items() if key not in ("tokens", "document")}
+    model = Llama(LlamaConfig(vocab_size=1, max_seq_len=probe.tokens, **sizes))
     spread(model, None, dtype=torch.float32, recompute=recompute)
-    hidden = _fresh(1, shape.tokens, model.config.dim)
-    rotary = Rotary.at(torch.arange(shape.tokens), model.config, torch.float32)
-    attend = by_document([shape.document] * (shape.tokens // shape.document))
-    (block,) = model.model.layers.values()
+    hidden = _fresh(1, probe.tokens, probe.dim)
+    rotary = Rotary.at(torch.arange(probe.tokens), model.config, torch.float32)
+    attend = by_document([probe.document] * (probe.tokens // probe.document))
 
     def call() -> Tensor:
         model.zero_grad()
-        return block(hidden, rotary, attend)
+        out = hidden
+        for block in model.model.layers.values():
+            out = block(out, rotary, attend)
+        return out
 
     return _through(call)
 

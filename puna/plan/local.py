@@ -2,8 +2,8 @@
 
 Where `estimate` takes a device's peak rates and constants fitted on published runs, this takes times: every kernel of
 the trainer by size, forward and backward, in as many processes and threads as the run has. Nothing is fitted. What
-kernels cost beside one another (cold caches, memory that is mapped anew, the interpreter) is taken from two whole
-blocks, timed by the doctor as well.
+kernels cost beside one another (cold caches, memory that is mapped anew, the interpreter) is taken from two small
+stacks of blocks, timed by the doctor as well.
 """
 
 import math
@@ -24,10 +24,12 @@ from puna.plan.llama import units
 from puna.plan.memory import Memory, chunk_rows, estimate_memory
 from puna.plan.workload import PlanError
 from puna.train.config import MeshConfig, TrainConfig
-from puna.train.hardware import PROBE_BLOCKS, Hardware, Kernels, ProbeBlock, Table
+from puna.train.hardware import PROBES, Hardware, Kernels, Probe, Table
 
 NEWTON_SCHULZ_STEPS = 5
 MAX_SEGMENTS = 512
+MAPPED_BYTES = 32 << 20
+"""Above which glibc maps every array anew and gives it back when it is freed (DEFAULT_MMAP_THRESHOLD_MAX)."""
 SPREAD = 0.12
 """Of the logarithm of errors on runs of other shapes than the benchmark's; see docs/plan.md."""
 
@@ -172,8 +174,9 @@ def step_seconds(job: LocalJob, machine: Hardware) -> dict[str, float]:
         segments(job),
     )  # fmt: skip
     parts = {name: model.num_layers * value for name, value in _block(times, block, job.train.recompute).items()}
-    parts["loss"] = _loss(times, rows, model)
-    parts["embedding"] = _both(times, "lookup", rows * model.dim, model.vocab_size * model.dim)
+    _, share = _beside(times, "none")
+    parts["loss"] = share * _loss(times, rows, model)
+    parts["embedding"] = share * _both(times, "lookup", rows * model.dim, model.vocab_size * model.dim)
     parts = {name: job.num_micro_batches * value for name, value in parts.items()}
     parts["sharding"] = _sharding(times, job, machine)
     parts["optimizer"] = _optimizer(times, job, machine)
@@ -253,26 +256,27 @@ def _again(forward: dict[str, float], recompute: str) -> float:
 
 
 def _beside(times: Times, recompute: str) -> tuple[float, float]:
-    """Seconds of a block that no kernel takes, and what kernels take in a block over what they take alone.
+    """Seconds of a block that no kernel takes, and what kernels take in a model over what they take alone.
 
-    From the two blocks that were timed whole: in the small one nearly everything is the former.
+    From the blocks that were timed together: of the small ones nearly everything is the former.
     """
-    whole = times.tables[f"block_{recompute}"].seconds
-    sums = [_sum_of(times, probe) + _again(_kernels(times, _probed(probe)), recompute) for probe in PROBE_BLOCKS]
-    share = (whole[1] - whole[0]) / (sums[1] - sums[0])
-    return whole[0] - share * sums[0], share
+    small, large = (seconds / p.num_layers for seconds, p in zip(_whole(times, recompute), PROBES, strict=True))
+    alone = [_alone(times, probe, recompute) for probe in PROBES]
+    share = (large - small) / (alone[1] - alone[0])
+    return small - share * alone[0], share
 
 
-def _probed(probe: ProbeBlock) -> _Block:
-    key = probe.head_dim * probe.num_kv_heads
+def _whole(times: Times, recompute: str) -> Sequence[float]:
+    return times.tables[f"blocks_{recompute}"].seconds
+
+
+def _alone(times: Times, probe: Probe, recompute: str) -> float:
+    """Seconds of the kernels of one of a probe's blocks, as each is alone."""
     documents = [(probe.document, probe.tokens / probe.document)]
-    return _Block(probe.dim, probe.ffn_dim, probe.head_dim * probe.num_heads, key, probe.tokens, documents)
-
-
-def _sum_of(times: Times, probe: ProbeBlock) -> float:
-    """Seconds of the kernels of a block that was timed whole, as each is alone."""
-    block = _probed(probe)
-    return sum(_kernels(times, block).values()) + sum(_kernels(times, block, "_back").values())
+    query, key = probe.head_dim * probe.num_heads, probe.head_dim * probe.num_kv_heads
+    block = _Block(probe.dim, probe.ffn_dim, query, key, probe.tokens, documents)
+    forward = _kernels(times, block)
+    return sum(forward.values()) + sum(_kernels(times, block, "_back").values()) + _again(forward, recompute)
 
 
 def _kernels(times: Times, block: _Block, way: Literal["", "_back"] = "") -> dict[str, float]:
@@ -292,10 +296,13 @@ def _kernels(times: Times, block: _Block, way: Literal["", "_back"] = "") -> dic
 
 
 def _loss(times: Times, rows: int, model: LlamaConfig) -> float:
-    """The last norm, and the chunks of logits with their gradients."""
+    """The last norm, and the chunks of logits with their gradients; the buffer that all chunks share is made once."""
     chunk = min(rows, chunk_rows(model.vocab_size))
-    one = _both(times, "product", chunk, model.dim, model.vocab_size) + times("softmax", chunk * model.vocab_size)
+    elements = chunk * model.vocab_size
+    one = _both(times, "product", chunk, model.dim, model.vocab_size) + times("softmax", elements)
     ends = times("scale", rows * model.dim) + times("scale", model.vocab_size * model.dim)
+    if 4 * elements > MAPPED_BYTES:
+        ends += times("fresh", elements)
     return rows / chunk * one + ends + _both(times, "norm", rows * model.dim)
 
 

@@ -16,9 +16,10 @@ HEADER = "# Measured by `puna doctor`. The unit of each key is in [units].\n\n"
 
 
 @dataclass(frozen=True)
-class ProbeBlock:
-    """A block of a Llama that is timed whole: its sizes, tokens of a forward, tokens of each document."""
+class Probe:
+    """Blocks of a Llama that are timed together: how many, their sizes, tokens of a forward and of each document."""
 
+    num_layers: int
     dim: int
     ffn_dim: int
     num_heads: int
@@ -28,8 +29,9 @@ class ProbeBlock:
     document: int
 
 
-PROBE_BLOCKS = (ProbeBlock(64, 192, 1, 1, 64, 64, 64), ProbeBlock(256, 704, 4, 2, 64, 1024, 256))
-"""The blocks of the tables "block_RECOMPUTE", whose one axis numbers them from 1."""
+PROBES = (Probe(2, 64, 192, 1, 1, 64, 64, 64), Probe(4, 256, 704, 4, 2, 64, 512, 256))
+"""What the tables "blocks_RECOMPUTE" hold, whose one axis numbers them from 1: one that is nearly all overhead, and one
+that keeps more than caches hold."""
 
 Sizes = Annotated[tuple[int, ...], Field(strict=False)]
 Seconds = Annotated[tuple[float, ...], Field(strict=False)]

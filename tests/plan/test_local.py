@@ -1,9 +1,11 @@
 """A step on this machine's CPU from timed kernels: with kernels whose cost is a formula, the step must be too."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from puna.llama.config import DataConfig, LlamaConfig
@@ -42,18 +44,15 @@ def kernels(num_processes: int = 1, num_threads: int = 2, host: float = 0.0, sha
     for name in ("norm", "turn", "gate", "norm_back", "turn_back", "gate_back", "add", "scale", "softmax", "adamw"):
         tables[name] = line(PASS)
     tables |= {"unit": line(3 * PASS), "unit_back": line(5 * PASS)}
+    tables["fresh"] = line(7 * PASS)
     for name in ("lookup", "lookup_back"):
         tables[name] = Table(axes=(SIZES, SIZES), seconds=[PASS * a for a in SIZES for _ in SIZES])
     timed = Kernels(
         num_processes=num_processes, num_threads=num_threads, tables=tables, code_bytes=300_000_000, runtime_bytes=10
     )
-    sums = [local._sum_of(local.Times(timed), probe) for probe in local.PROBE_BLOCKS]
     for recompute in ("none", "selective", "full"):
-        again = [
-            local._again(local._kernels(local.Times(timed), local._probed(p)), recompute) for p in local.PROBE_BLOCKS
-        ]
-        whole = [host + share * (alone + more) for alone, more in zip(sums, again, strict=True)]
-        tables[f"block_{recompute}"] = Table(axes=((1, 2),), seconds=whole)
+        alone = [(p.num_layers, local._alone(local.Times(timed), p, recompute)) for p in local.PROBES]
+        tables[f"blocks_{recompute}"] = Table(axes=((1, 2),), seconds=[n * (host + share * one) for n, one in alone])
     return timed.model_copy(update={"tables": tables})
 
 
@@ -113,7 +112,8 @@ def test_recompute_does_forward_again() -> None:
 def test_what_blocks_take_beside_their_kernels_is_counted() -> None:
     found, plain = parts(where=machine(host=1e-3, share=1.2)), parts()
     assert found["host"] == pytest.approx(2 * 3 * 1e-3)
-    assert found["products"] == pytest.approx(1.2 * plain["products"])
+    for part in ("products", "loss", "embedding"):
+        assert found[part] == pytest.approx(1.2 * plain[part])
     assert plain["host"] == pytest.approx(0, abs=1e-9)
 
 
@@ -123,6 +123,14 @@ def test_the_loss_and_the_optimizer() -> None:
     assert found["loss"] == pytest.approx(head + PASS * (1024 * 128 + 2 * 1024 * 128 + 2 * 1024 * 128))
     assert found["optimizer"] == pytest.approx(MODEL.num_parameters * PASS)
     assert parts(num_processes=2)["optimizer"] == pytest.approx(MODEL.num_parameters * PASS / 2)
+
+
+def test_logits_beyond_mallocs_largest_threshold_are_mapped_anew() -> None:
+    wide = MODEL.model_copy(update={"vocab_size": 20_000})
+    found = step_seconds(LocalJob(wide, TRAIN, MeshConfig()), machine())["loss"]
+    head = 6 * 1024 * 128 * 20_000 / RATE + 1024 * 20_000 * PASS
+    ends = PASS * (1024 * 128 + 2 * 20_000 * 128 + 2 * 1024 * 128)
+    assert found == pytest.approx(head + ends + 7 * PASS * 1024 * 20_000)
 
 
 def test_muon_multiplies_the_blocks_matrices() -> None:
@@ -220,8 +228,15 @@ def test_figures_with_the_local_time_and_memory(entry: Hardware) -> None:
     assert not local.overlay(before | {"memory_gb": memory | {"capacity": 0.5}}, found)["fits"]
 
 
-def test_lengths_come_from_the_shards(data_dir: Path, tmp_path: Path) -> None:
+def test_lengths_come_from_the_shards(tmp_path: Path) -> None:
     assert local.document_lengths(DataConfig(path=str(tmp_path))) is None
+    np.save(tmp_path / "train-00000.offsets.npy", np.array([0, 5, 12]))
+    np.arange(12, dtype="<u2").tofile(tmp_path / "train-00000.tokens")
+    files = {path.name: {"bytes": path.stat().st_size} for path in sorted(tmp_path.iterdir())}
+    split = {"files": list(files), "num_tokens": 12, "num_documents": 2, "num_bytes": 9}
+    manifest = {"format_version": 1, "dtype": "uint16", "vocab_size": 12, "tokenizer_hash": "", "bos": 0, "eos": 1}
+    (tmp_path / "shards.json").write_text(json.dumps(manifest | {"splits": {"train": split}, "files": files}))
+    assert local.document_lengths(DataConfig(path=str(tmp_path))) == [5, 7]
 
 
 def test_more_of_anything_is_never_faster() -> None:
