@@ -145,7 +145,7 @@ def _stage(recipe: Recipe, stage: Stage, end: int, num_ranks: int) -> dict[str, 
 
 def _memory(recipe: Recipe, mesh: dict[str, int], compute_bytes: int, device: torch.device) -> dict[str, Any]:
     """Bytes of one rank by use, their sum, what the rank has, and whether it fits."""
-    held = predicted.memory(recipe, mesh, compute_bytes)
+    held = predicted.memory(recipe, mesh, compute_bytes, device)
     available = predicted.available(device, math.prod(mesh.values()))
     return {**asdict(held), "total": held.total, "available": available, "fits": held.total <= available}
 

@@ -84,17 +84,20 @@ def estimate(
     """
     from puna.plan.constants import load
     from puna.plan.describe import describe
-    from puna.plan.fits import remedies, sentence, shortfall
+    from puna.plan.fits import gap, remedies, sentence, shortfall
     from puna.plan.job import build
     from puna.plan.local import overlay
 
     shape, cluster, base = _job(recipe, model, gpu, gpus, seq_len, batch_tokens, network)
     case = build(shape, cluster, base, changes)
     figures = describe(case, load())
-    if recipe and (found := _here_of(recipe, case)):
+    found = _here_of(recipe, case) if recipe else None
+    if found:
         figures = overlay(figures, found)
     if not figures["fits"]:
-        figures["shortfall"], figures["remedies"] = shortfall(case), remedies(case, load())
+        need = {kind: size for kind, size in figures["memory_gb"].items() if kind not in ("total", "capacity")}
+        figures["shortfall"] = gap(need, figures["memory_gb"]["capacity"]) if found else shortfall(case)
+        figures["remedies"] = remedies(case, load())
     print_figures(figures, as_json)
     if not figures["fits"] and not as_json:
         click.echo(sentence(figures["shortfall"], figures["remedies"]))
@@ -120,7 +123,7 @@ def search(
     \b
     Example:  puna plan search --model llama3-405b --gpu h100-sxm --gpus 16384 --json
     """
-    from puna.plan import job, output
+    from puna.plan import hardware, job, output
     from puna.plan.constants import load
     from puna.plan.fits import sentence
     from puna.plan.layout import Layout
@@ -132,7 +135,7 @@ def search(
     if emit and figures["fits"]:
         source = Path(recipe or model or "")
         best, here = Layout(**figures["best"]["layout"]), min(gpus, cluster.gpus_per_node)
-        if cluster.gpu.name == "this-machine":
+        if cluster.gpu.name == hardware.THIS_MACHINE:
             here = gpus
         output.write(emit, job.emit(str(source.resolve() if source.exists() else source), best, here))
     if as_json:

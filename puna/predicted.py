@@ -15,13 +15,14 @@ import torch
 
 from puna.console import err
 from puna.errors import OutOfMemory, RankFailed, UserError
-from puna.plan import fits, hardware, job
+from puna.plan import fits, hardware, job, local
 from puna.plan.constants import load
 from puna.plan.describe import describe
 from puna.plan.estimate import estimate
 from puna.plan.hardware import HardwareError
 from puna.plan.layout import Case, columns
 from puna.plan.memory import Memory, estimate_memory
+from puna.plan.workload import PlanError
 from puna.recipe import Recipe, stages
 from puna.train.checkpoint import complete_steps
 from puna.train.hardware import default_path, read
@@ -29,11 +30,11 @@ from puna.train.mesh import DTYPES, Compute, Mesh, axis_sizes, choose_device
 from puna.train.metrics import append_event, last_steps, read_events
 from puna.train.out_of_memory import is_out_of_memory, kernel_kills, limit_bytes
 
-HERE = "this-machine"
+HERE = hardware.THIS_MACHINE
 GB = 1e9
 
 
-def memory(recipe: Recipe, sizes: Mapping[str, int], compute_bytes: int) -> Memory:
+def memory(recipe: Recipe, sizes: Mapping[str, int], compute_bytes: int, device: torch.device) -> Memory:
     """Bytes of one rank by use; sizes: of the mesh's axes."""
     num_ranks = math.prod(sizes.values())
     micro_tokens = recipe.train.seq_len * recipe.train.micro_batch * num_ranks
@@ -46,6 +47,7 @@ def memory(recipe: Recipe, sizes: Mapping[str, int], compute_bytes: int) -> Memo
         accumulates=max(stage.batch_tokens for stage in stages(recipe)) > micro_tokens,
         averages=recipe.schedule.average != "none",
         compute_bytes=compute_bytes,
+        shares_memory=recipe.mesh.shared_memory and device.type == "cpu" and sizes["dp_shard"] > 1,
     )
 
 
@@ -60,28 +62,46 @@ def available(device: torch.device, num_ranks: int) -> int:
 
 
 def predict(recipe: Recipe, place: Mesh, compute: Compute) -> dict[str, Any] | None:
-    """The "prediction" record: seconds of a step with the ends of the 80 % interval, tokens/s, bytes of a rank by use.
+    """The "prediction" record: seconds of a step with the ends of the 80 % interval, tokens/s, bytes of a rank by kind.
 
-    Of the first stage. None, and a line that says why, where this machine has not been measured or does not have what
-    the recipe asks for.
+    Of the first stage; on a CPU from the kernels that `puna doctor` timed, code included in the bytes, as is what a
+    rank's peak is measured by. None, and a line that says why, where this machine has not been measured or the job is
+    none that was.
     """
     try:
         case = _case(recipe, place.world_size, place.device.type)
-        figures = describe(case, load())
+        figures = _figures(recipe, case, place, compute)
     except UserError as reason:
         if place.rank == 0:
             err.print(f"no prediction: {reason}", markup=False, soft_wrap=True)
         return None
-    held = memory(recipe, place.sizes, compute.dtype.itemsize)
-    return {
-        "seconds": figures["seconds"],
-        "low": figures["low"],
-        "high": figures["high"],
+    return figures | {
         "tokens_per_s": recipe.train.batch_tokens / figures["seconds"],
         "batch_tokens": recipe.train.batch_tokens,
-        "memory_bytes": held.total,
-        "memory": asdict(held),
+        "memory_bytes": sum(figures["memory"].values()),
     }
+
+
+def _figures(recipe: Recipe, case: Case, place: Mesh, compute: Compute) -> dict[str, Any]:
+    """Seconds, their interval and bytes by kind. Raises PlanError where a CPU's kernels were not timed for the job."""
+    if place.device.type == "cuda":
+        told = describe(case, load())
+        held = asdict(memory(recipe, place.sizes, compute.dtype.itemsize, place.device))
+        return {name: told[name] for name in ("seconds", "low", "high")} | {"memory": held}
+    found = _here(recipe, case)
+    if found is None:
+        raise PlanError(
+            f"the kernels of this job ({case.layout.precision}) were not timed", "`puna doctor` times fp32."
+        )
+    bytes_by_kind = {"code": found["code_bytes"], **found["memory"]}
+    return {name: found[name] for name in ("seconds", "low", "high")} | {"memory": bytes_by_kind}
+
+
+def _here(recipe: Recipe, case: Case) -> dict[str, Any] | None:
+    return local.here(
+        case, recipe.model, recipe.train, recipe.mesh, recipe.data, num_threads=recipe.run.num_threads,
+        averages=recipe.schedule.average != "none",
+    )  # fmt: skip
 
 
 def _case(recipe: Recipe, num_ranks: int, kind: str) -> Case:
@@ -160,7 +180,7 @@ def diagnosis(recipe: Recipe, run: Path, num_ranks: int, device: torch.device) -
 def _told(recipe: Recipe, num_ranks: int, device: torch.device) -> str:
     compute_bytes = _compute_bytes(recipe.train.dtype, device)
     sizes = axis_sizes(recipe.mesh, num_ranks)
-    held = memory(recipe, sizes, compute_bytes)
+    held = memory(recipe, sizes, compute_bytes, device)
     short = fits.gap({name: size / GB for name, size in asdict(held).items()}, available(device, num_ranks) / GB)
     ways = remedies(recipe, num_ranks, device, compute_bytes)
     if short["gap_gb"] > 0:
@@ -181,12 +201,12 @@ def remedies(recipe: Recipe, num_ranks: int, device: torch.device, compute_bytes
 
     Only settings that a resumed run may change. Prices are None where this machine was not measured.
     """
-    need = memory(recipe, axis_sizes(recipe.mesh, num_ranks), compute_bytes).total
+    need = memory(recipe, axis_sizes(recipe.mesh, num_ranks), compute_bytes, device).total
     bound = min(available(device, num_ranks), 0.9 * need)
     now = _seconds(recipe, num_ranks, device)
     found: list[tuple[float, int, dict[str, Any]]] = []
     for words, other in _changed(recipe):
-        then = memory(other, axis_sizes(other.mesh, num_ranks), compute_bytes).total
+        then = memory(other, axis_sizes(other.mesh, num_ranks), compute_bytes, device).total
         if then <= bound:
             seconds = _seconds(other, num_ranks, device)
             price = seconds / now - 1 if seconds and now else None
@@ -222,6 +242,7 @@ def _seconds(recipe: Recipe, num_ranks: int, device: torch.device) -> float | No
     """Of a step, where this machine was measured."""
     try:
         case = _case(recipe, num_ranks, device.type)
+        found = _here(recipe, case)
     except UserError:
         return None
-    return float(estimate(columns([case]), load().constants)["seconds"][0])
+    return float(found["seconds"] if found else estimate(columns([case]), load().constants)["seconds"][0])

@@ -20,7 +20,8 @@ from puna.recipe import Recipe, load
 from puna.report import write_report
 from puna.train import hardware
 from puna.train.checkpoint import complete_steps
-from puna.train.hardware import Hardware
+from puna.train.hardware import Hardware, Kernels, Table
+from puna.train.mesh import Compute, Mesh
 from puna.train.metrics import read_events
 from puna.train.out_of_memory import is_out_of_memory, kernel_kills, limit_bytes
 
@@ -149,7 +150,7 @@ def test_every_remedy_fits_and_may_be_changed_in_a_run_that_resumes(monkeypatch:
     from puna.run import FREE_TO_CHANGE
 
     recipe = load("tiny", ["--train.batch_tokens", "131072", "--train.micro_batch", "512"]).recipe
-    room = predicted.memory(recipe, {"dp_replicate": 1, "dp_shard": 1}, 4).total // 2
+    room = predicted.memory(recipe, {"dp_replicate": 1, "dp_shard": 1}, 4, CPU).total // 2
     monkeypatch.setattr(predicted, "available", lambda device, num_ranks: room)
     ways = predicted.remedies(recipe, 1, CPU, 4)
     assert len(ways) == 3
@@ -173,12 +174,52 @@ def test_what_this_job_may_hold_is_less_under_a_limit() -> None:
 
 def measured_machine(folder: Path) -> Path:
     """A configuration folder with the entry that `puna doctor` would leave."""
+
+    def table(num_axes: int) -> Table:
+        return Table(axes=((64, 4096),) * num_axes, seconds=(1e-4,) * 2**num_axes)
+
+    axes = {"product": 3, "attention": 2, "lookup": 2, "norm": 1, "turn": 1, "gate": 1, "unit": 1}
+    tables = {name + way: table(num) for name, num in axes.items() for way in ("", "_back")}
+    tables |= {name: table(1) for name in ("add", "scale", "softmax", "adamw", "fresh")}
+    for kind in ("none", "selective", "full"):
+        tables[f"blocks_{kind}"] = Table(axes=((1, 2),), seconds=(0.01, 0.02))
+    timed = [
+        Kernels(num_processes=n, num_threads=1, tables=tables, code_bytes=3 * 10**8, runtime_bytes=10**7)
+        for n in (1, 2)
+    ]
     rates = {"fp32": 5e10, "bf16": 1e10}
-    entry = Hardware(num_cores=2, memory=8 * 10**9, matrix_flops=rates, memory_bandwidth={"fp32": 1e10})
+    entry = Hardware(
+        num_cores=2, memory=8 * 10**9, matrix_flops=rates, memory_bandwidth={"fp32": 1e10}, kernels=tuple(timed),
+        link_latency=1e-4, link_bandwidth=1e9,
+    )  # fmt: skip
     hardware.write(entry, folder / "puna" / "hardware" / "this-machine.toml")
     return folder
 
 
+def test_a_prediction_is_of_the_kernels_that_were_timed(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(measured_machine(tmp_path)))
+    recipe = load("tiny", ["--data.path", str(shards)]).recipe
+    place = Mesh(CPU, 0, 1, {"dp_replicate": 1, "dp_shard": 1, "pp": 1, "cp": 1, "tp": 1}, None)  # type: ignore[arg-type]
+    told = predicted.predict(recipe, place, Compute(torch.float32, "asked", 1e10))
+    assert told
+    assert told["low"] < told["seconds"] < told["high"]
+    assert told["tokens_per_s"] == pytest.approx(1024 / told["seconds"])
+    assert told["memory_bytes"] == sum(told["memory"].values()) > 3e8
+    twice = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_tokens": 2048})})
+    more = predicted.predict(twice, place, Compute(torch.float32, "asked", 1e10))
+    assert more
+    assert 1.5 * told["seconds"] < more["seconds"] < 2.1 * told["seconds"]
+    half = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dtype": "bf16"})})
+    assert predicted.predict(half, place, Compute(torch.bfloat16, "asked", 1e10)) is None
+    assert "no prediction: the kernels of this job (bf16) were not timed" in capsys.readouterr().err.replace("\n", " ")
+    ways = predicted.remedies(recipe, 1, CPU, 4)
+    assert ways
+    assert all(way["device_time"] is not None for way in ways)
+
+
+@pytest.mark.slow
 def test_a_layout_that_was_searched_becomes_a_recipe_that_runs_beside_its_prediction(
     tmp_path: Path, shards: Path
 ) -> None:
