@@ -282,6 +282,8 @@ def test_kernels_are_timed_at_every_size(monkeypatch):
     monkeypatch.setattr(kernels, "LENGTHS", (32, 256))
     monkeypatch.setattr(kernels, "TABLES", (1 << 12, 1 << 16))
     monkeypatch.setattr(kernels, "OPTIMIZED", (1 << 8, 1 << 14))
+    monkeypatch.setattr(kernels, "FRESH", (1 << 16, 1 << 20))
+    monkeypatch.setattr(kernels, "PROBES", (kernels.PROBES[0], replace(kernels.PROBES[1], num_layers=2, tokens=256)))
     found = {name: (axes, seconds) for name, axes, seconds in kernels.tables(None)}
     for axes, seconds in found.values():
         assert len(seconds) == math.prod(map(len, axes))

@@ -130,11 +130,16 @@ def link_step(kind: str) -> Step:
 
 def kernel_steps(num_cores: int) -> Iterator[Step]:
     """The trainer's kernels: one process on all cores, then two on half of them each."""
+    for count in (1, 2):
+        work = partial(timed_kernels, count, max(1, num_cores // count))
+        yield Step(f"the trainer's kernels, {count} at a time", f"{KERNELS}.{count}", work, "puna train tiny")
+
+
+def timed_kernels(num_processes: int, num_threads: int) -> dict[str, Any]:
+    """What `puna.doctor.kernels.measure` finds; it takes more packages than torch."""
     from puna.doctor import kernels
 
-    for count in (1, 2):
-        work = partial(kernels.measure, count, max(1, num_cores // count))
-        yield Step(f"the trainer's kernels, {count} at a time", f"{KERNELS}.{count}", work, "puna train tiny")
+    return kernels.measure(num_processes, num_threads)
 
 
 def nested(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,11 +14,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -26,21 +27,23 @@ from torch.nn import functional
 
 from puna.errors import DeviceError
 from puna.llama.attention import by_document
-from puna.llama.config import LlamaConfig
+from puna.llama.config import DataConfig, LlamaConfig
 from puna.llama.model import Llama, RMSNorm
-from puna.llama.packing import Batch
 from puna.llama.parallel import spread
-from puna.llama.pretrain import Step, make_model
+from puna.llama.pretrain import Pretrain
 from puna.llama.rope import Rotary
+from puna.llama.shards import ShardWriter
+from puna.llama.tokenizer import BEGIN_OF_TEXT, Tokenizer, special_names
+from puna.llama.tokenizer_json import byte_level
 from puna.plan.memory import estimate_memory
-from puna.train.config import MeshConfig, RunConfig, TrainConfig
+from puna.train.config import EvalConfig, MeshConfig, RunConfig, ScheduleConfig, TrainConfig
 from puna.train.hardware import PROBES, Probe
 from puna.train.launch import launch, resolve
 from puna.train.mesh import Mesh, choose_compute, open_mesh
 from puna.train.metrics import Recorder
-from puna.train.optim import adamw, local, make_optimizers
+from puna.train.optim import adamw, local
 from puna.train.shared_memory import shares_memory, use_shared_memory
-from puna.train.task import Cursor, GradientTask
+from puna.train.task import Cursor
 
 MIN_ROUNDS, MAX_ROUNDS, ROUND_SECONDS = 3, 15, 0.03
 MAX_SECONDS = 600
@@ -57,7 +60,8 @@ FRESH = (1 << 24, 1 << 25)
 TRIAL = LlamaConfig(
     num_layers=3, dim=256, ffn_dim=704, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=4096, max_seq_len=256
 )
-TRIAL_TRAIN = TrainConfig(seq_len=256, micro_batch=2)
+TRIAL_TRAIN = TrainConfig(seq_len=256, micro_batch=2, batch_tokens=2048)
+NUM_TRIAL_STEPS, NUM_DOCUMENTS, NUM_SPECIAL = 4, 64, 16
 
 
 class Spent(NamedTuple):
@@ -121,39 +125,35 @@ def resident_bytes(key: Literal["VmRSS", "VmHWM"]) -> int:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-class _Trial(GradientTask):
-    """A small model trained for some steps on random tokens."""
-
-    def __init__(self, place: Mesh) -> None:
-        compute = choose_compute("fp32", place.device)
-        self.model = make_model(TRIAL, TRIAL_TRAIN, MeshConfig(), 0, place, compute)
-        super().__init__({"model": self.model}, make_optimizers(self.model, TRIAL_TRAIN), clip=1.0)
-
-    def units(self, cursor: Cursor) -> Iterator[Step]:
-        """Four steps of two micro-batches."""
-        shape = (TRIAL_TRAIN.micro_batch, TRIAL_TRAIN.seq_len)
-        for _ in range(4):
-            tokens = torch.randint(TRIAL.vocab_size, (2, *shape))
-            batches = [Batch(one, one, torch.zeros_like(one), (), one.numel()) for one in tokens]
-            yield Step(cursor, tokens.numel(), batches)
-
-    def loss_sum(self, batch: Batch) -> Tensor:
-        return self.model(batch.tokens, batch.targets, mask=batch.mask)
-
-
 def runtime(place: Mesh, folder: Path) -> int:
     """Bytes that a rank takes beside what `estimate_memory` counts: the most that a small run has had resident, less
     that count."""
-    task = _Trial(place)
+    data = DataConfig(path=str(write_shards(folder / f"data-{place.rank}")))
+    compute = choose_compute("fp32", place.device)
+    task = Pretrain(TRIAL, data, TRIAL_TRAIN, ScheduleConfig(), MeshConfig(), EvalConfig(), 0, place, compute)
     with Recorder(folder, speaks=place.rank == 0) as record:
         record.begin(folder, 0, 0, None, tensorboard=True)
-        for unit in task.units(Cursor()):
+        for unit in islice(task.units(Cursor()), NUM_TRIAL_STEPS):
             task.step(unit)
     counted = estimate_memory(
         TRIAL, TRIAL_TRAIN, num_ranks=place.world_size, shard=place.world_size, reshard=True, accumulates=True,
         averages=False, compute_bytes=4, shares_memory=place.shares_memory,
     )  # fmt: skip
     return resident_bytes("VmHWM") - counted.total
+
+
+def write_shards(folder: Path) -> Path:
+    """Random bytes as token shards, with a tokenizer that merges nothing."""
+    folder.mkdir()
+    alphabet = {piece: index for index, piece in enumerate(sorted(ByteLevel.alphabet()))}
+    special = {name: len(alphabet) + index for index, name in enumerate(special_names(NUM_SPECIAL))}
+    spec = byte_level(alphabet, [], special, BEGIN_OF_TEXT, ignore_merges=False)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    with ShardWriter(folder / "shards", Tokenizer.load(folder / "tokenizer.json")) as shards:
+        for split in ("train", "heldout"):
+            for _ in range(NUM_DOCUMENTS):
+                shards.add(split, torch.randint(len(alphabet), (TRIAL_TRAIN.seq_len,)).numpy(), TRIAL_TRAIN.seq_len)
+    return folder / "shards"
 
 
 # --- time -----------------------------------------------------------------------------------------------------------

@@ -247,12 +247,21 @@ def _block(times: Times, block: _Block, recompute: Literal["none", "selective", 
     host, share = _beside(times, recompute)
     forward, backward = _kernels(times, block), _kernels(times, block, "_back")
     parts = {name: share * (forward[name] + backward[name]) for name in forward}
-    return parts | {"recompute": share * _again(forward, recompute), "host": host}
+    return parts | {"recompute": share * _again(times, block, recompute), "host": host}
 
 
-def _again(forward: dict[str, float], recompute: str) -> float:
-    """Of a block's forward, the seconds that are spent a second time."""
-    return {"none": 0.0, "selective": forward["pointwise"], "full": sum(forward.values())}[recompute]
+def _again(times: Times, block: _Block, recompute: str) -> float:
+    """Of a block's forward, the seconds that are spent a second time.
+
+    Full recomputation stops at the last tensor that backward needs: the input of the block's last product.
+    """
+    if recompute == "none":
+        return 0.0
+    forward = _kernels(times, block)
+    if recompute == "selective":
+        return forward["pointwise"]
+    skipped = times("product", block.rows, block.ffn_dim, block.dim) + times("add", block.rows * block.dim)
+    return sum(forward.values()) - skipped
 
 
 def _beside(times: Times, recompute: str) -> tuple[float, float]:
@@ -275,8 +284,8 @@ def _alone(times: Times, probe: Probe, recompute: str) -> float:
     documents = [(probe.document, probe.tokens / probe.document)]
     query, key = probe.head_dim * probe.num_heads, probe.head_dim * probe.num_kv_heads
     block = _Block(probe.dim, probe.ffn_dim, query, key, probe.tokens, documents)
-    forward = _kernels(times, block)
-    return sum(forward.values()) + sum(_kernels(times, block, "_back").values()) + _again(forward, recompute)
+    kernels = [*_kernels(times, block).values(), *_kernels(times, block, "_back").values()]
+    return sum(kernels) + _again(times, block, recompute)
 
 
 def _kernels(times: Times, block: _Block, way: Literal["", "_back"] = "") -> dict[str, float]:
