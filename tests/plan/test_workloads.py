@@ -144,6 +144,11 @@ def test_adapters_of_low_rank_take_two_thirds_of_the_operations() -> None:
     assert frozen["parts"]["gradients"] == frozen["parts"]["optimizer"] == 0
     assert frozen["memory_gb"]["parameters"] == pytest.approx(2 * 6.74, rel=0.01)
     assert frozen["memory_gb"]["gradients"] == frozen["memory_gb"]["optimizer"] == 0
+    model = workload.find("llama2-7b")
+    matrices = model.layers * model.active_matrices + model.vocab * model.hidden
+    assert model.flops_per_token(4096) - model.flops_per_token(4096, frozen=True) == pytest.approx(2 * matrices)
+    per_token = frozen["tflops_per_gpu"] / frozen["tokens_per_s_per_gpu"] * 1e12
+    assert per_token == pytest.approx(model.flops_per_token(4096, causal=False, frozen=True))
 
 
 def test_a_sight_that_cannot_be_is_refused() -> None:
