@@ -19,8 +19,8 @@ FITTED = replace(load(), draws=())
 POWERS = st.sampled_from([1, 2, 4, 8])
 MODELS = st.sampled_from(["llama2-7b", "llama3-70b", "gpt-1.3b", "mixtral-8x7b", "llama3.2-11b-vision"])
 GPUS = st.sampled_from(["a100-40", "a100-80", "h100-sxm", "gb200", "mi300x", "l40s"])
-few = settings(max_examples=12, deadline=None, derandomize=True)
-some = settings(max_examples=40, deadline=None, derandomize=True)
+few = settings(max_examples=8, deadline=None, derandomize=True)
+some = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 @st.composite
