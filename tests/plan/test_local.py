@@ -100,6 +100,12 @@ def test_rows_cut_the_stream_of_documents() -> None:
     assert sum(size * count for size, count in found) == pytest.approx(512)
 
 
+def test_pointwise_work_is_counted_by_elements() -> None:
+    once = 2 * 128 + (128 + 64) + 256
+    assert parts()["pointwise"] == pytest.approx(3 * 1024 * PASS * (2 * once + (2 + 5) * 128))
+    assert parts()["embedding"] == pytest.approx(2 * 1024 * 128 * PASS)
+
+
 def test_recompute_does_forward_again() -> None:
     plain, full = parts(), parts(TRAIN.model_copy(update={"recompute": "full"}))
     assert plain["recompute"] == 0
@@ -173,6 +179,15 @@ def test_memory_is_the_exact_count_and_what_the_machine_adds() -> None:
     assert found["memory"]["runtime"] == 10
     assert found["growth_bytes"] == sum(found["memory"].values())
     assert found["low"] < found["seconds"] < found["high"]
+
+
+def test_memory_of_several_processes_counts_what_they_share() -> None:
+    told = local.memory(LocalJob(MODEL, TRAIN, MeshConfig(), 2))
+    assert told.exchanged > 0
+    sockets = local.memory(LocalJob(MODEL, TRAIN, MeshConfig(shared_memory=False), 2))
+    assert (sockets.exchanged, sockets.gradients) == (0, told.gradients)
+    many = TRAIN.model_copy(update={"batch_tokens": 2048})
+    assert local.memory(LocalJob(MODEL, many, MeshConfig(), 2)).gradients > told.gradients
 
 
 # --- of a recipe ----------------------------------------------------------------------------------------------------
