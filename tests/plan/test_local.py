@@ -46,7 +46,7 @@ def kernels(num_processes: int = 1, num_threads: int = 2, host: float = 0.0, sha
     tables |= {"unit": line(3 * PASS), "unit_back": line(5 * PASS)}
     tables["fresh"] = line(7 * PASS)
     for name in ("lookup", "lookup_back"):
-        tables[name] = Table(axes=(SIZES, SIZES), seconds=[PASS * a for a in SIZES for _ in SIZES])
+        tables[name] = Table(axes=(SIZES, (64, 1 << 22)), seconds=[PASS * a for a in SIZES for _ in SIZES])
     timed = Kernels(
         num_processes=num_processes, num_threads=num_threads, tables=tables, code_bytes=300_000_000, runtime_bytes=10
     )
