@@ -134,6 +134,36 @@ class EvalConfig(Section):
     tokens: int = setting(65_536, "held-out tokens of one evaluation", "tokens", ge=0)
 
 
+class HealthConfig(Section):
+    """The health monitor: what is looked at, how often it is recorded, from where on it is called unusual."""
+
+    enabled: bool = setting(True, "watch the optimiser's state in every step (weights are the same with and without)")
+    act: bool = setting(False, "let the controller steer: per-tensor epsilon, ramped reset, clip, skip, roll back")
+    sample: int = setting(
+        4096, "most coordinates of a tensor that are looked at; fixed, spread evenly", "coordinates", ge=64
+    )
+    record_every: int = setting(20, "steps between health records", "steps", ge=1)
+    histogram_every: int = setting(50, "steps between histograms of the update", "steps", ge=1)
+    settle: int = setting(
+        50, "steps after a jump of the rate, or an announced change, with wider thresholds", "steps", ge=0
+    )
+    hold: int = setting(50, "steps without evidence before the state falls back", "steps", ge=1)
+    surprise: float = setting(10.0, "alarm: gradient RMS over the RMS that Adam's second moment expects", gt=1)
+    surprise_watch: float = setting(4.0, "watch: the same", gt=1)
+    u_rms: float = setting(0.6, "alarm, with f9 and bimodality: RMS of the update over the rate", gt=0)
+    f9: float = setting(0.3, "alarm, with u_rms and bimodality: share of coordinates that move by over 0.9 rates", gt=0)
+    bimodality: float = setting(0.555, "alarm, with u_rms and f9: bimodality coefficient of the update", gt=0)
+    stall: float = setting(10.0, "watch: median of sqrt(v) over epsilon", gt=0)
+    below_eps: float = setting(0.5, "watch: share of coordinates with sqrt(v) below epsilon", gt=0, le=1)
+    lag_cosine: float = setting(0.6, "watch: running mean of the cosine of successive gradients", gt=0, lt=1)
+    descent_cosine: float = setting(0.1, "watch, with u_rms above 0.5: cosine of update and gradient", gt=-1, lt=1)
+    update_ratio: float = setting(10.0, "watch: update over weights, as a multiple of its own running median", gt=1)
+    stable_rms: float = setting(2.5, "watch: StableAdamW's RMS of the gradient over sqrt(v)", gt=1)
+    loss_z: float = setting(6.0, "alarm: robust z of the loss, three steps in a row", gt=0)
+    norm_z: float = setting(6.0, "watch: robust z of the logarithm of the global gradient norm", gt=0)
+    max_logit: float = setting(1e3, "watch: largest attention logit", gt=0)
+
+
 class LoopConfig(Section):
     """What the run loop itself needs, whatever the task."""
 
