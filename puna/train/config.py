@@ -55,9 +55,10 @@ class TrainConfig(Section):
         "sequences",
         ge=1,
     )
-    optimizer: Literal["adamw", "muon"] = setting(
+    optimizer: Literal["adamw", "stable_adamw", "muon"] = setting(
         "adamw",
-        "adamw: decoupled weight decay; muon: orthogonalised momentum for the block matrices, AdamW for the rest",
+        "adamw: decoupled weight decay; stable_adamw: the same with each tensor's update clipped by its RMS (use "
+        "train.clip 0); muon: orthogonalised momentum for the block matrices, AdamW for the rest",
     )
     init: Literal["normal", "zero_out"] = setting(
         "normal",
@@ -70,6 +71,11 @@ class TrainConfig(Section):
     eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
     weight_decay: float = setting(0.1, "decoupled weight decay of matrices; gains have none", ge=0)
     clip: float = setting(1.0, "global gradient norm above which gradients are scaled down; 0: never", ge=0)
+    clip_rule: Literal["norm", "zclip", "spam"] = setting(
+        "norm",
+        "what is clipped beside train.clip; norm: nothing; zclip: a norm that is unusual for this run; spam: "
+        "coordinates far beyond AdamW's second moment, whose moments begin anew every 500 steps",
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "compute dtype; auto: bf16 where this machine multiplies bf16 matrices faster than fp32, else fp32"
     )
@@ -150,6 +156,7 @@ class HealthConfig(Section):
     hold: int = setting(50, "steps without evidence before the state falls back", "steps", ge=1)
     surprise: float = setting(10.0, "alarm: gradient RMS over the RMS that Adam's second moment expects", gt=1)
     surprise_watch: float = setting(4.0, "watch: the same", gt=1)
+    surge: float = setting(3.0, "alarm: the surprise that half of all tensors exceed at once", gt=1)
     u_rms: float = setting(0.6, "alarm, with f9 and bimodality: RMS of the update over the rate", gt=0)
     f9: float = setting(0.3, "alarm, with u_rms and bimodality: share of coordinates that move by over 0.9 rates", gt=0)
     bimodality: float = setting(0.555, "alarm, with u_rms and f9: bimodality coefficient of the update", gt=0)
@@ -162,6 +169,17 @@ class HealthConfig(Section):
     loss_z: float = setting(6.0, "alarm: robust z of the loss, three steps in a row", gt=0)
     norm_z: float = setting(6.0, "watch: robust z of the logarithm of the global gradient norm", gt=0)
     max_logit: float = setting(1e3, "watch: largest attention logit", gt=0)
+    good_after: int = setting(
+        200,
+        "act: steps without a reset or worse after which a checkpoint is good; the last 3 of them stay",
+        "steps",
+        ge=1,
+    )
+    margin: int = setting(
+        100, "act: a roll-back goes to a good checkpoint at least so long before the trouble began", "steps", ge=0
+    )
+    wait: int = setting(200, "act: longest time that a spike of the loss may take to fall by itself", "steps", ge=1)
+    recover: int = setting(1000, "act: steps at 0.7 of the rate after a roll-back", "steps", ge=0)
 
 
 class LoopConfig(Section):
@@ -170,6 +188,7 @@ class LoopConfig(Section):
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _eval_needs_tokens(self) -> "LoopConfig":
