@@ -28,8 +28,10 @@ from puna.train.adam_stats import (
 )
 from puna.train.optim import local
 
-CHUNK = {"cpu": 16}  # tensors that are looked at together: on a CPU what fits its cache
-LARGE_CHUNK = 512
+ELEMENTS = {"cpu": 1 << 16}  # coordinates that are looked at together: on a CPU what its cache holds
+MOST_ELEMENTS = 1 << 22
+EpsOf = Callable[[str, float], float]
+"""The epsilon that a tensor is updated with, from its name and its group's."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ def kind_of(tensor: Watched) -> Kind:
     return Kind(parameter.device, groups, bool(tensor.group.get("amsgrad")))
 
 
+@dataclass
+class Chunk:
+    """Tensors of about one size, which are looked at together."""
+
+    at: list[int]  # their numbers in the sampler
+    rows: Tensor  # the same
+    layers: Tensor
+    previous: Tensor  # (tensors, width), the last gradients
+
+
 class Sampler:
     """Tensors of one optimiser and one kind; keeps the last gradient of their samples.
 
@@ -66,91 +78,103 @@ class Sampler:
         chosen = [_chosen(tensor, count) for tensor in tensors]
         self._places = [torch.from_numpy(places).to(kind.device) for places, _ in chosen]
         self._index = [torch.from_numpy(index).to(kind.device) for _, index in chosen]
-        self._layers = torch.tensor([layers[tensor.layer] for tensor in tensors], device=kind.device)
-        width = max(1, max(len(index) for _, index in chosen))
-        self._rows = CHUNK.get(kind.device.type, LARGE_CHUNK)
-        self._buffer = torch.zeros(4, min(self._rows, len(tensors)), width, dtype=torch.float64, device=kind.device)
-        self.previous = torch.zeros(len(tensors), width, device=kind.device)
+        self._chunks = [self._chunk(at, layers) for at in _together([len(i) for i in self._index], kind.device)]
+        back = np.argsort([i for chunk in self._chunks for i in chunk.at])
+        self._back = torch.from_numpy(back).to(kind.device)
 
     @property
     def num_sums(self) -> int:
         """Length of what `look` returns."""
         return len(self.tensors) * (len(SUMS) + STALL_BINS) + self.num_layers * RATIO_BINS
 
-    def look(self, eps_of: Callable[[str, float], float] | None = None) -> Tensor:
-        """This rank's sums of all tensors, and both counts, as one vector; remembers the gradients.
-
-        eps_of: the epsilon of a tensor, from its name and its group's.
-        """
-        hyper, scale = self._hyper(eps_of), vars(self.optimizer).get("grad_scale")
+    def look(self, eps_of: EpsOf | None = None) -> Tensor:
+        """This rank's sums of all tensors, and both counts, as one vector; remembers the gradients."""
+        columns = self._hyper(eps_of)
         totals, stalls = [], []
         ratios = torch.zeros(self.num_layers, RATIO_BINS, dtype=torch.float64, device=self.kind.device)
-        for start in range(0, len(self.tensors), self._rows):
-            rows = slice(start, min(start + self._rows, len(self.tensors)))
-            sample = self._sample(rows, scale)
-            total, stall, ratio = sums(
-                sample,
-                Hyper(*(column[rows] for column in hyper)),
-                self.rule,
-                self._layers[rows],
-                self.num_layers,
-            )
-            self.previous[rows] = sample.g
+        for chunk in self._chunks:
+            own = Hyper(*(column[chunk.rows] for column in columns))
+            sample = self._sample(chunk, own)
+            total, stall, ratio = sums(sample, own, self.rule, chunk.layers, self.num_layers)
+            chunk.previous.copy_(sample.g)
             totals.append(total)
             stalls.append(stall)
             ratios += ratio
-        return torch.cat([torch.cat(totals).view(-1), torch.cat(stalls).view(-1), ratios.view(-1)])
-
-    def whole_previous(self) -> Tensor:
-        """The last gradients as one vector over all ranks' coordinates, this rank's in their places."""
-        parts = [self.previous.new_zeros(int(num)) for num in self.num_sampled]
-        for part, places, row in zip(parts, self._places, self.previous, strict=True):
-            part[places] = row[: len(places)]
-        return torch.cat(parts)
-
-    def set_previous(self, row: int, whole: Tensor) -> None:
-        """The last gradient of a tensor, from all ranks' coordinates."""
-        places = self._places[row]
-        self.previous[row, : len(places)] = whole.to(self.previous.device)[places]
-
-    def keep_previous(self, rows: Mapping[str, Tensor]) -> None:
-        """The last gradients of tensors that another sampler of this rank has looked at, by name."""
-        for tensor, places, row in zip(self.tensors, self._places, self.previous, strict=True):
-            if tensor.name in rows:
-                row[: len(places)] = rows[tensor.name][: len(places)]
+        ordered = [torch.cat(parts)[self._back].view(-1) for parts in (totals, stalls)]
+        return torch.cat([*ordered, ratios.view(-1)])
 
     def split(self, vector: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-        """What `look` returned, summed over ranks: sums, counts of sqrt(v) / eps, counts of r by layer."""
-        ends = np.cumsum([len(self.tensors) * len(SUMS), len(self.tensors) * STALL_BINS])
-        totals, stalls, ratios = np.split(vector, ends)
-        return (
-            totals.reshape(len(self.tensors), -1),
-            stalls.reshape(len(self.tensors), -1),
-            ratios.reshape(self.num_layers, -1),
-        )
+        """What `look` returned, summed over ranks: sums, counts of the root of v^ over eps, counts of r by layer."""
+        num = len(self.tensors)
+        totals, stalls, ratios = np.split(vector, np.cumsum([num * len(SUMS), num * STALL_BINS]))
+        return totals.reshape(num, -1), stalls.reshape(num, -1), ratios.reshape(self.num_layers, -1)
 
-    def _sample(self, rows: slice, scale: Tensor | None) -> Sample:
+    def previous(self) -> dict[str, Tensor]:
+        """The last gradients of this rank's coordinates, by tensor, as they lie here."""
+        return {
+            self.tensors[i].name: row[: len(self._places[i])]
+            for chunk in self._chunks
+            for i, row in zip(chunk.at, chunk.previous, strict=True)
+        }
+
+    def whole_previous(self) -> Tensor:
+        """The last gradients of all tensors as one vector over all ranks' coordinates, this rank's in their places."""
+        here, parts = self.previous(), []
+        for tensor, places, num in zip(self.tensors, self._places, self.num_sampled, strict=True):
+            part = torch.zeros(int(num), device=self.kind.device)
+            part[places] = here[tensor.name]
+            parts.append(part)
+        return torch.cat(parts)
+
+    def set_previous(self, whole: Mapping[str, Tensor]) -> None:
+        """The last gradients, from all ranks' coordinates of each tensor."""
+        here = self.previous()
+        for tensor, places in zip(self.tensors, self._places, strict=True):
+            if tensor.name in whole:
+                here[tensor.name].copy_(whole[tensor.name].to(places.device)[places])
+
+    def keep_previous(self, rows: Mapping[str, Tensor]) -> None:
+        """The last gradients of this rank's coordinates, from other samplers' `previous`."""
+        for name, row in self.previous().items():
+            if name in rows:
+                row.copy_(rows[name])
+
+    def _chunk(self, at: list[int], layers: Mapping[str, int]) -> Chunk:
+        numbers = torch.tensor([layers[self.tensors[i].layer] for i in at], device=self.kind.device)
+        width = max(1, *(len(self._index[i]) for i in at))
+        rows = torch.tensor(at, device=self.kind.device)
+        return Chunk(at, rows, numbers, torch.zeros(len(at), width, device=self.kind.device))
+
+    def _sample(self, chunk: Chunk, hyper: Hyper) -> Sample:
         """Samples of some tensors; one that has no gradient in this step holds zeros."""
-        tensors = self.tensors[rows]
-        buffer = self._buffer[:, : len(tensors)].zero_()
-        peak = torch.zeros_like(buffer[0]) if self.kind.amsgrad else None
-        for row, tensor, index in zip(range(len(tensors)), tensors, self._index[rows], strict=True):
-            gradient = tensor.parameter.grad
+        shape = (5 if self.kind.amsgrad else 4, *chunk.previous.shape)
+        buffer = torch.zeros(shape, dtype=torch.float64, device=self.kind.device)
+        for row, i in enumerate(chunk.at):
+            gradient, index = self.tensors[i].parameter.grad, self._index[i]
             if gradient is None or gradient.is_sparse or not len(index):
                 continue
-            state, held = self.optimizer.state.get(tensor.parameter, {}), slice(len(index))
-            buffer[0, row, held] = _pick(gradient, index)
-            buffer[3, row, held] = _pick(tensor.parameter, index)
-            if "exp_avg" in state:
-                buffer[1, row, held] = _pick(state["exp_avg"], index)
-                buffer[2, row, held] = _pick(state[second_moment(self.optimizer)], index)
-                if peak is not None:
-                    peak[row, held] = _pick(state["max_exp_avg_sq"], index)
+            sources = self._sources(self.tensors[i].parameter, gradient)
+            for number, source in sources.items():
+                buffer[number, row, : len(index)] = _pick(source, index)
+        scale = vars(self.optimizer).get("grad_scale")
         if scale is not None:
             buffer[0] /= scale
-        return Sample(buffer[0], buffer[1], buffer[2], buffer[3], self.previous[rows].double(), peak)
+        if isinstance(self.optimizer, Adamax):
+            buffer[2].sub_(hyper.eps * (1 + 1e-6)).clamp_(min=0)  # the norm of what never had a gradient is epsilon
+        g, m, v, weight, *peak = buffer.unbind()
+        return Sample(g, m, v, weight, chunk.previous.double(), *peak)
 
-    def _hyper(self, eps_of: Callable[[str, float], float] | None) -> list[Tensor]:
+    def _sources(self, parameter: Tensor, gradient: Tensor) -> dict[int, Tensor]:
+        """What goes into the sample's places: gradient, moments (none before the first step), weight, amsgrad's v."""
+        state = self.optimizer.state.get(parameter, {})
+        found = {0: gradient, 3: parameter.detach()}
+        if "exp_avg" in state:
+            found |= {1: state["exp_avg"], 2: state[second_moment(self.optimizer)]}
+            if self.kind.amsgrad:
+                found[4] = state["max_exp_avg_sq"]
+        return found
+
+    def _hyper(self, eps_of: EpsOf | None) -> list[Tensor]:
         """Columns (tensors, 1) of `Hyper`, on the device; no device is waited for."""
         columns = [[steps_taken(tensor) for tensor in self.tensors]]
         settings = [self._settings(tensor, eps_of) for tensor in self.tensors]
@@ -163,19 +187,27 @@ class Sampler:
         hyper[0] = hyper[0] + 1
         return hyper
 
-    def _settings(
-        self, tensor: Watched, eps_of: Callable[[str, float], float] | None
-    ) -> tuple[float, float, float, float, float]:
+    def _settings(self, tensor: Watched, eps_of: EpsOf | None) -> tuple[float, float, float, float, float]:
         group = tensor.group
         eps = eps_of(tensor.name, group["eps"]) if eps_of else group["eps"]
         decay = group["weight_decay"] if adds_decay(self.optimizer, group) else 0.0
         return (*group["betas"], eps, decay, -1.0 if group.get("maximize") else 1.0)
 
 
+def _together(widths: Sequence[int], device: torch.device) -> list[list[int]]:
+    """Numbers of tensors in chunks: the widest first, so that few places of a chunk are empty."""
+    most = ELEMENTS.get(device.type, MOST_ELEMENTS)
+    chunks: list[list[int]] = []
+    for i in sorted(range(len(widths)), key=lambda i: -widths[i]):
+        if not chunks or (len(chunks[-1]) + 1) * widths[chunks[-1][0]] > most or widths[i] < widths[chunks[-1][0]] // 2:
+            chunks.append([])
+        chunks[-1].append(i)
+    return chunks
+
+
 def _chosen(tensor: Watched, count: int) -> tuple[Integers, Integers]:
     """Places and local indices of a tensor's sample on this rank; a complex coordinate counts as two."""
-    size = tensor.parameter.numel() * _parts(tensor)
-    chosen = coordinates(tensor.name, size, count)
+    chosen = coordinates(tensor.name, tensor.parameter.numel() * _parts(tensor), count)
     if isinstance(tensor.parameter, DTensor):
         return held_here(tensor.parameter, chosen)
     return np.arange(len(chosen)), chosen
@@ -187,7 +219,7 @@ def _parts(tensor: Watched) -> int:
 
 def _pick(tensor: Tensor, index: Tensor) -> Tensor:
     """Coordinates of this rank's part by flat index, without a copy of the rest."""
-    part = local(tensor.detach())
+    part = local(tensor)
     part = torch.view_as_real(part) if part.is_complex() else part
     return part.view(-1).index_select(0, index) if part.is_contiguous() else torch.take(part, index)
 

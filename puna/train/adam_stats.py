@@ -39,11 +39,12 @@ STATISTICS = (
 """Section 5 of the theory's diagnostics; `statistics` says how each is made."""
 
 SUMS = (
-    "seen", "nonfinite", "g2", "old", "old_g2", "old_v", "below", "r", "r2", "r3", "r4", "far",
-    "rg", "lag", "lag2", "weight2", "stable",
+    "seen", "broken", "g2", "old", "old_g2", "old_v", "below", "r", "r2", "r3", "r4", "far", "rg", "lag", "lag2",
+    "weight2", "stable",
 )  # fmt: skip
 RATIO_BINS, RATIO_LIMIT = 41, 2.0
-STALL_BINS, STALL_DECADES = 40, (-8.0, 12.0)
+STALL_BINS, STALL_LEAST = 128, -40  # of powers of two, from 2^-40
+EXPONENT_BITS, EXPONENT_BIAS = 23, 127  # of a float32
 TINY, HUGE = 1e-300, 1e30
 
 
@@ -109,7 +110,7 @@ class Sample:
 
     g: Tensor
     m: Tensor
-    v: Tensor  # of Adamax: the infinity norm
+    v: Tensor  # of Adamax: the infinity norm less epsilon
     weight: Tensor
     previous: Tensor  # gradient of the step before
     peak: Tensor | None = None  # amsgrad's largest v
@@ -130,15 +131,14 @@ class Hyper:
 
 
 Moments = tuple[Tensor, Tensor, Tensor]
-"""v^ before the update, v^ after it, and r."""
+"""v^ before the update, the root of v^ after it, and r."""
+Rule = Callable[[Sample, Hyper], Moments]
 
 
 def adam(s: Sample, h: Hyper) -> Moments:
     """Kingma and Ba 2015, algorithm 1; with `peak` AMSGrad as torch has it."""
-    v = h.beta2 * s.v + (1 - h.beta2) * s.g.square()
-    old, new = (s.v, v) if s.peak is None else (s.peak, torch.maximum(s.peak, v))
-    old, new = old / (1 - h.beta2 ** (h.step - 1)).clamp(min=TINY), new / (1 - h.beta2**h.step)
-    return old, new, _first_moment(s, h) / (1 - h.beta1**h.step) / (new.sqrt() + h.eps)
+    old, root = _second_moments(s, h)
+    return old, root, _first_moment(s, h) / (1 - h.beta1**h.step) / (root + h.eps)
 
 
 def nadam(s: Sample, h: Hyper) -> Moments:
@@ -148,34 +148,41 @@ def nadam(s: Sample, h: Hyper) -> Moments:
     mu = h.beta1 * (1 - 0.5 * 0.96 ** (h.step * h.momentum_decay))
     mu_next = h.beta1 * (1 - 0.5 * 0.96 ** ((h.step + 1) * h.momentum_decay))
     product = h.mu_product * mu
-    old, new, _ = adam(s, h)
+    old, root = _second_moments(s, h)
     nesterov = (1 - mu) / (1 - product) * s.g + mu_next / (1 - product * mu_next) * _first_moment(s, h)
-    return old, new, nesterov / (new.sqrt() + h.eps)
+    return old, root, nesterov / (root + h.eps)
 
 
 def radam(s: Sample, h: Hyper) -> Moments:
     """Liu et al. 2020, algorithm 2: no second moment until its variance can be told."""
-    old, new, _ = adam(s, h)
+    old, root = _second_moments(s, h)
     correction = 1 - h.beta2**h.step
     longest = 2 / (1 - h.beta2) - 1
     length = longest - 2 * h.step * h.beta2**h.step / correction
     rectified = ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)).clamp(min=0).sqrt()
     first = _first_moment(s, h) / (1 - h.beta1**h.step)
-    scaled = rectified * first * correction.sqrt() / ((new * correction).sqrt() + h.eps)
-    return old, new, torch.where(length > 5, scaled, first)
+    scaled = rectified * first * correction.sqrt() / (root * correction.sqrt() + h.eps)
+    return old, root, torch.where(length > 5, scaled, first)
 
 
 def adamax(s: Sample, h: Hyper) -> Moments:
-    """Kingma and Ba 2015, algorithm 2: the infinity norm in the place of sqrt(v^)."""
-    norm = torch.maximum(h.beta2 * s.v, s.g.abs() + h.eps)
-    return s.v.square(), norm.square(), _first_moment(s, h) / (1 - h.beta1**h.step) / norm
+    """Kingma and Ba 2015, algorithm 2: the infinity norm in the place of the root of v^."""
+    norm = torch.maximum(h.beta2 * (s.v + h.eps), s.g.abs() + h.eps)
+    return s.v.square(), norm, _first_moment(s, h) / (1 - h.beta1**h.step) / norm
 
 
 def _first_moment(s: Sample, h: Hyper) -> Tensor:
-    return s.m + (1 - h.beta1) * (s.g - s.m)
+    return torch.lerp(s.m, s.g, 1 - h.beta1)
 
 
-def rule_of(optimizer: Optimizer) -> Callable[[Sample, Hyper], Moments]:
+def _second_moments(s: Sample, h: Hyper) -> tuple[Tensor, Tensor]:
+    """v^ before and the root of v^ after the update."""
+    v = torch.lerp(s.g.square(), s.v, h.beta2)
+    old, new = (s.v, v) if s.peak is None else (s.peak, torch.maximum(s.peak, v))
+    return old / (1 - h.beta2 ** (h.step - 1)).clamp(min=TINY), (new / (1 - h.beta2**h.step)).sqrt_()
+
+
+def rule_of(optimizer: Optimizer) -> Rule:
     """How an optimiser of the Adam family makes r; others that keep Adam's two moments are taken for AdamW."""
     if isinstance(optimizer, NAdam):
         return nadam
@@ -194,57 +201,58 @@ def adds_decay(optimizer: Optimizer, group: dict[str, Any]) -> bool:
 # --- sums and what they come to --------------------------------------------------------------------------------------
 
 
-def sums(
-    s: Sample, h: Hyper, rule: Callable[[Sample, Hyper], Moments], layers: Tensor, num_layers: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums (tensors, SUMS), counts of log10(sqrt(v^) / eps) (tensors, STALL_BINS), counts of r (layers, RATIO_BINS).
+def sums(s: Sample, h: Hyper, rule: Rule, layers: Tensor, num_layers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums (tensors, SUMS), counts of the root of v^ over eps by powers of two (tensors, STALL_BINS), counts of r
+    (layers, RATIO_BINS), all of which add over shards.
 
-    layers: (tensors,), the layer of each. All three add over shards. In place, s.g becomes the gradient that Adam uses,
-    and what is not finite becomes 0.
+    layers: (tensors,), the layer of each. In place, s.g becomes the gradient that Adam uses, and what is not finite 0.
+    Written for few passes, without masks: what has never had a gradient is 0 throughout, and so are its terms.
     """
     s.g.mul_(h.sign).addcmul_(s.weight, h.decay)
-    finite = s.g.isfinite() & s.m.isfinite() & s.v.isfinite()
+    broken = (s.g + s.m).add_(s.v).sum(1).isfinite().logical_not()
     for values in (s.g, s.m, s.v):
-        values.masked_fill_(~finite, 0.0)
-    seen = (s.v > 0) | (s.m != 0) | (s.g != 0)
-    old_v, new_v, r = rule(s, h)
-    r = torch.where(seen, r, 0.0).nan_to_num(0.0, HUGE, -HUGE)
-    root = new_v.sqrt()
-    g2, r2, old = s.g.square(), r.square(), s.v > 0
+        values.nan_to_num_(0.0, 0.0, 0.0)
+    old_v, root, r = rule(s, h)
+    r.nan_to_num_(0.0, HUGE, -HUGE)
+    g2, r2, old = s.g.square(), r.square(), s.v.sign()
+    seen = s.g.abs().add_(s.m.abs()).add_(s.v).sign_().sum(1)
+    unseen = r.shape[1] - seen
+    below = (h.eps - root).sign_().clamp_(min=0).sum(1) - unseen
+    dot = torch.linalg.vecdot
     columns = [
         seen,
-        ~finite,
-        g2,
-        old,
-        torch.where(old, g2, 0.0),
-        torch.where(old, old_v, 0.0),
-        seen & (root < h.eps),
-        r,
-        r2,
-        r2 * r,
-        r2 * r2,
-        r.abs() > 0.9,
-        r * s.g,
-        s.g * s.previous,
-        s.previous.square(),
-        s.weight.square(),
-        torch.where(seen, g2 / torch.maximum(new_v, h.eps.square()).clamp(min=TINY), 0.0),
+        broken,
+        g2.sum(1),
+        old.sum(1),
+        dot(g2, old),
+        old_v.sum(1),
+        torch.where(h.eps[:, 0] > 0, below, 0.0),
+        r.sum(1),
+        r2.sum(1),
+        dot(r2, r),
+        dot(r2, r2),
+        (r.abs() - 0.9).sign_().clamp_(min=0).sum(1),
+        dot(r, s.g),
+        dot(s.g, s.previous),
+        dot(s.previous, s.previous),
+        dot(s.weight, s.weight),
+        g2.div_(torch.maximum(root, h.eps).square_().clamp_(min=TINY)).sum(1),
     ]
-    totals = torch.stack([column.sum(1, dtype=torch.float64) for column in columns], 1)
-    low, high = STALL_DECADES
-    decades = (root.clamp(min=TINY).log10() - h.eps.clamp(min=TINY).log10() - low) / (high - low)
+    powers = (root / h.eps).nan_to_num_(0.0).float().view(torch.int32) >> EXPONENT_BITS
     rows = torch.arange(len(r), device=r.device)
-    stall = _counts(decades, seen, rows, len(r), STALL_BINS)
-    ratio = _counts((r + RATIO_LIMIT) / (2 * RATIO_LIMIT), seen, layers, num_layers, RATIO_BINS)
-    return totals, stall, ratio
+    stall = _counts(powers - (EXPONENT_BIAS + STALL_LEAST), rows, len(r), STALL_BINS)
+    stall[:, 0] -= unseen
+    places = (r * (RATIO_BINS / (2 * RATIO_LIMIT))).add_(RATIO_BINS / 2).clamp_(0, RATIO_BINS - 1).int()
+    ratio = _counts(places, layers, num_layers, RATIO_BINS)
+    ratio[:, RATIO_BINS // 2].index_add_(0, layers, -unseen)
+    return torch.stack([column.double() for column in columns], 1), stall, ratio
 
 
-def _counts(place: Tensor, counted: Tensor, rows: Tensor, num_rows: int, num_bins: int) -> Tensor:
-    """Counts (num_rows, num_bins) of places in [0, 1), what lies outside in the outermost bins."""
-    bins = (place * num_bins).floor_().clamp_(0, num_bins - 1).long().add_(rows[:, None] * num_bins)
-    counts = torch.zeros(num_rows * num_bins, dtype=torch.float64, device=place.device)
-    counts.index_add_(0, bins.view(-1), counted.double().view(-1))
-    return counts.view(num_rows, num_bins)
+def _counts(bins: Tensor, rows: Tensor, num_rows: int, num_bins: int) -> Tensor:
+    """Counts (num_rows, num_bins) of bins (len(rows), width), what lies outside in the outermost."""
+    flat = (bins.clamp_(0, num_bins - 1) + rows[:, None] * num_bins).view(-1)
+    counts = torch.zeros(num_rows * num_bins, dtype=torch.int64, device=bins.device)
+    return counts.scatter_add_(0, flat, torch.ones_like(flat)).double().view(num_rows, num_bins)
 
 
 def statistics(totals: Numbers, stall_counts: Numbers, rates: Numbers, num_sampled: Integers) -> dict[str, Numbers]:
@@ -252,12 +260,12 @@ def statistics(totals: Numbers, stall_counts: Numbers, rates: Numbers, num_sampl
 
     rates: learning rate of each tensor; num_sampled: its coordinates in the sample, over all ranks.
 
-    g_rms: RMS of the gradient. stall: median of sqrt(v^) / eps (to half a decade, interpolated; 1e12 at most).
-    below_eps: share with sqrt(v^) < eps. u_rms, f9, bc: RMS of r, share of abs(r) > 0.9, bimodality coefficient
-    (skew^2 + 1) / kurtosis. surprise: g_rms over the root of the mean v^ of the step before. lag_cosine: cosine of
-    this gradient and the last. descent_cosine: of r and the gradient. update_ratio: rate norm(r) / norm(weights).
-    stable_rms: sqrt(mean g^2 / max(v^, eps^2)). Beside them num_active (coordinates counted), unseen (share that has
-    never had a gradient) and num_nonfinite.
+    g_rms: RMS of the gradient. stall: median of sqrt(v^) / eps, interpolated between powers of two. below_eps: share
+    with sqrt(v^) < eps. u_rms, f9, bc: RMS of r, share of abs(r) > 0.9, bimodality coefficient (skew^2 + 1) / kurtosis.
+    surprise: g_rms over the root of the mean v^ of the step before. lag_cosine: cosine of this gradient and the last.
+    descent_cosine: of r and the gradient. update_ratio: rate norm(r) / norm(weights). stable_rms: sqrt(mean g^2 /
+    max(v^, eps^2)). Beside them num_active (coordinates counted), unseen (share that has never had a gradient) and
+    num_nonfinite (1 where some are not finite).
     """
     total = dict(zip(SUMS, totals.T, strict=True))
     with np.errstate(all="ignore"):
@@ -283,18 +291,17 @@ def statistics(totals: Numbers, stall_counts: Numbers, rates: Numbers, num_sampl
     found = {key: np.where(np.isfinite(values), values, np.nan) for key, values in found.items()}
     return found | {
         "num_active": total["seen"],
-        "unseen": 1 - (total["seen"] + total["nonfinite"]) / np.maximum(num_sampled, 1),
-        "num_nonfinite": total["nonfinite"],
+        "unseen": 1 - total["seen"] / np.maximum(num_sampled, 1),
+        "num_nonfinite": (total["broken"] > 0).astype(np.float64),
     }
 
 
 def _median(counts: Numbers) -> Numbers:
-    """Median of values counted in bins of STALL_DECADES, by row, interpolated within its bin."""
-    low, high = STALL_DECADES
+    """Median by row of values counted in STALL_BINS, interpolated within its bin."""
     half = counts.sum(1, keepdims=True) / 2
     upto = counts.cumsum(1)
     bins = (upto < half).sum(1, keepdims=True).clip(max=STALL_BINS - 1)
     inside = np.take_along_axis(counts, bins, 1)
     below = np.take_along_axis(upto, bins, 1) - inside
     part = np.divide(half - below, inside, out=np.full_like(half, np.nan), where=inside > 0)
-    return (10 ** (low + (high - low) * (bins + part) / STALL_BINS))[:, 0]
+    return 2.0 ** (STALL_LEAST + bins + part)[:, 0]

@@ -223,9 +223,7 @@ class Track:
     def restore_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """From `last_gradients`, of this or another sharding."""
         for sampler in self._samplers:
-            for row, tensor in enumerate(sampler.tensors):
-                if tensor.name in gradients:
-                    sampler.set_previous(row, gradients[tensor.name])
+            sampler.set_previous(gradients)
 
     def _found(self) -> tuple[list[Watched], dict[str, str]]:
         """Tensors to watch in the model's order, and why others are not."""
@@ -249,7 +247,7 @@ class Track:
         self._names = tuple(tensor.name for tensor in self.tensors)
         self._layers = tuple(tensor.layer for tensor in self.tensors)
         layers = {layer: i for i, layer in enumerate(dict.fromkeys(self._layers))}
-        kept = {t.name: row for s in self._samplers for t, row in zip(s.tensors, s.previous, strict=True)}
+        kept = {name: row for sampler in self._samplers for name, row in sampler.previous().items()}
         self._samplers = [Sampler(kind, alike, layers, self.config.sample) for kind, alike in kinds.items()]
         for sampler in self._samplers:
             sampler.keep_previous(kept)
