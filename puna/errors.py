@@ -14,7 +14,8 @@ PunaError (1)
 ├── NonFinite (5)         a loss or gradient was not finite; no weight was changed
 ├── RankFailed (6)        a worker process died
 ├── Hung (7)              a rank stopped, or waits for what never comes; RUN/hang.txt says which
-└── RanksDiffer (8)       the ranks do not run the same thing; RUN/hang.txt says which and in what
+├── RanksDiffer (8)       the ranks do not run the same thing; RUN/hang.txt says which and in what
+└── Diverged (9)          the controller could not keep the run together; what it did is in events.jsonl
 """
 
 
@@ -96,3 +97,9 @@ class RanksDiffer(PunaError):
     """The ranks have other recipes, code, data or weights than each other; the run was ended before it went wrong."""
 
     exit_code = 8
+
+
+class Diverged(PunaError):
+    """Training diverged, and returning to checkpoints did not help or was not possible."""
+
+    exit_code = 9

@@ -26,6 +26,7 @@ from puna.llama.template import TEMPLATE_FILE, chat_template
 from puna.llama.tokenizer import Tokenizer
 from puna.recipe import Loaded, Recipe
 from puna.train.checkpoint import complete_steps, hold_lock
+from puna.train.controller import most_held
 from puna.train.disk import require_plan
 from puna.train.divergence import code_version, require_same
 from puna.train.launch import launch
@@ -39,6 +40,7 @@ FREE_TO_CHANGE = (
     "mesh.",
     "checkpoint.",
     "eval.",
+    "health.",
     "data.",
     "train.micro_batch",
     "train.recompute",
@@ -73,7 +75,8 @@ def prepare(loaded: Loaded, run: Path) -> None:
     found = inspect(recipe)
     choose_device(recipe.run.device)
     num_there = len(complete_steps(run))
-    require_plan(run, recipe.checkpoint, recipe.train, recipe.schedule, recipe.model.num_parameters, num_there)
+    guarded = most_held(recipe.health, recipe.checkpoint.every)
+    require_plan(run, recipe.checkpoint, recipe.train, recipe.schedule, recipe.model.num_parameters, num_there, guarded)
     with hold_lock(run):
         refuse_other_run(loaded, run)
         if num_there:
@@ -134,6 +137,7 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
             recipe.run.seed,
             place,
             compute,
+            recipe.health,
         )
         Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops).go()
 

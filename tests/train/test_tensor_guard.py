@@ -1,0 +1,155 @@
+"""Levels 0 to 2: what is done to single tensors, from their symptoms."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from puna.train.actions import Knobs, Limits, Plan, Symptoms, ramp
+from puna.train.tensor_guard import TensorGuard
+
+CALM = Symptoms(surprise=1.0, stall=1e3, lag_cosine=0.1, age=500, eps=1e-8)
+NAMES = [f"layer {i}" for i in range(20)]
+
+
+def calm(**others: Symptoms) -> dict[str, Symptoms]:
+    return dict.fromkeys(NAMES, CALM) | {name.replace("_", " "): symptom for name, symptom in others.items()}
+
+
+def burst(surprise: float, **more: float) -> Symptoms:
+    return replace(CALM, surprise=surprise, **more)
+
+
+def test_nothing_is_done_to_a_healthy_tensor() -> None:
+    guard = TensorGuard(Limits())
+    for step in range(1, 200):
+        assert guard.tune(step, calm(layer_3=burst(4.9))) == Plan()
+    assert guard.state() == {"skipped": -1, "tensors": {}}
+
+
+def test_a_burst_resets_its_tensor_and_the_rate_rises_again() -> None:
+    guard = TensorGuard(Limits())
+    plan = guard.tune(100, calm(layer_3=burst(10.5)))
+    assert plan.resets == ("layer 3",)
+    assert plan.knobs == {"layer 3": Knobs(1 / 50)}
+    (record,) = plan.records
+    assert {key: record[key] for key in ("step", "level", "action", "tensor", "statistic", "value", "threshold")} == {
+        "step": 100,
+        "level": 2,
+        "action": "reset",
+        "tensor": "layer 3",
+        "statistic": "surprise",
+        "value": 10.5,
+        "threshold": 10.0,
+    }
+    assert (record["before"], record["after"]) == (1.0, 1 / 50)
+    assert "10.5 times what its second moment expects" in record["reason"]
+    rates = [guard.tune(step, calm()).knobs.get("layer 3", Knobs()).rate for step in range(101, 152)]
+    assert rates == [ramp(since, 50) for since in range(1, 52)]
+    assert guard.state()["tensors"] == {}, "it is over and forgotten"
+
+
+@pytest.mark.parametrize("surprise", [5.1, 10.0])
+def test_a_smaller_surprise_makes_one_update_smaller(surprise: float) -> None:
+    plan = TensorGuard(Limits()).tune(100, calm(layer_3=burst(surprise)))
+    assert plan.resets == ()
+    assert plan.knobs == {"layer 3": Knobs(1 / surprise)}
+    assert [(record["action"], record["level"]) for record in plan.records] == [("clip", 0)]
+
+
+def test_a_young_tensor_is_left_alone() -> None:
+    assert TensorGuard(Limits()).tune(100, calm(layer_3=burst(1e6, age=20))) == Plan()
+    assert TensorGuard(Limits()).tune(100, calm(layer_3=burst(1e6, age=21))).resets == ("layer 3",)
+
+
+def test_resets_of_one_step_are_bounded_and_the_rest_is_clipped() -> None:
+    many = {name: burst(20.0 + i) for i, name in enumerate(NAMES[:10])}
+    plan = TensorGuard(Limits()).tune(100, calm() | many)
+    assert plan.resets == tuple(f"layer {i}" for i in range(9, 1, -1)), "the most surprised first"
+    assert plan.knobs["layer 0"] == Knobs(1 / 20)
+    large = {f"x {i}": CALM for i in range(1000)} | {f"x {i}": burst(20.0) for i in range(90)}
+    assert len(TensorGuard(Limits()).tune(100, large).resets) == 50
+
+
+def test_a_burst_everywhere_is_a_bad_batch_once_and_then_resets_all() -> None:
+    guard = TensorGuard(Limits())
+    everywhere = {name: burst(11.0) if i < 11 else CALM for i, name in enumerate(NAMES)}
+    first = guard.tune(100, everywhere)
+    assert first.skip
+    assert not first.resets
+    assert [(record["action"], record["value"]) for record in first.records] == [("skip", 0.55)]
+    second = guard.tune(101, everywhere)
+    assert not second.skip
+    assert set(second.resets) == set(NAMES)
+    assert (
+        TensorGuard(Limits()).tune(100, {name: burst(11.0) if i < 10 else CALM for i, name in enumerate(NAMES)}).skip
+        is False
+    )
+
+
+def test_a_stall_lowers_epsilon_after_fifty_steps() -> None:
+    guard = TensorGuard(Limits())
+    stalled = replace(CALM, stall=0.5)  # sqrt(v) is 5e-9
+    for step in range(1, 50):
+        assert guard.tune(step, calm(layer_3=stalled)) == Plan()
+    plan = guard.tune(50, calm(layer_3=stalled))
+    eps = 1e-8 * 1e-3
+    assert plan.knobs == {"layer 3": Knobs(1 / 50, eps)}
+    assert not plan.resets, "the moments are right; only the rate begins anew"
+    (record,) = plan.records
+    assert (record["action"], record["before"], record["after"]) == ("eps", 1e-8, eps)
+    assert guard.eps_of("layer 3", 1e-8) == eps
+    assert guard.eps_of("layer 4", 1e-8) == 1e-8
+    last = guard.tune(200, calm())
+    assert last.knobs == {"layer 3": Knobs(1.0, eps)}, "the epsilon stays, the rate has risen"
+
+
+def test_an_interrupted_stall_counts_anew() -> None:
+    guard = TensorGuard(Limits())
+    for step in range(1, 150):
+        stall = 1e3 if step % 50 == 0 else 0.5
+        assert guard.tune(step, calm(layer_3=replace(CALM, stall=stall))) == Plan()
+
+
+@pytest.mark.parametrize(("root_v", "wanted"), [(5e-9, 1e-11), (1e-12, 1e-17), (2e-18, 1e-19)])
+def test_epsilon_is_lowered_as_far_as_needed_and_not_below_its_floor(root_v: float, wanted: float) -> None:
+    guard = TensorGuard(Limits())
+    stalled = replace(CALM, stall=root_v / 1e-8, eps_floor=1e-19)
+    for step in range(1, 51):
+        plan = guard.tune(step, {"a": stalled})
+    assert plan.knobs["a"].eps == pytest.approx(wanted)
+    again = replace(stalled, stall=root_v / plan.knobs["a"].eps)
+    later = [guard.tune(step, {"a": again}) for step in range(51, 300)]
+    assert all(plan.knobs["a"].eps == pytest.approx(wanted) for plan in later), "lowered once"
+
+
+def test_an_aligned_stall_is_slowed_for_a_while() -> None:
+    guard = TensorGuard(Limits())
+    stalled = replace(CALM, stall=0.5, lag_cosine=0.7)
+    for step in range(1, 51):
+        plan = guard.tune(step, calm(layer_3=stalled))
+    assert plan.knobs["layer 3"].rate == 0.5 / 50
+    rates = {step: guard.tune(step, calm()).knobs["layer 3"].rate for step in range(51, 260)}
+    assert rates[249] == 0.5
+    assert rates[250] == 1.0
+
+
+def test_an_alarm_that_is_no_burst_takes_the_rate_back_once() -> None:
+    guard = TensorGuard(Limits())
+    assert guard.tune(100, calm(), ["layer 3"]).knobs == {"layer 3": Knobs(1 / 50)}
+    assert guard.tune(101, calm(), ["layer 3"]).knobs == {"layer 3": Knobs(2 / 50)}, "it is rising already"
+
+
+def test_a_state_in_the_middle_goes_on_the_same() -> None:
+    guard, other = TensorGuard(Limits()), TensorGuard(Limits())
+
+    def symptoms(step: int) -> dict[str, Symptoms]:
+        odd = {"layer 1": burst(30.0)} if step == 60 else {}
+        return calm(layer_2=replace(CALM, stall=0.5, lag_cosine=0.9)) | odd
+
+    for step in range(1, 75):
+        guard.tune(step, symptoms(step))
+    other.restore(json.loads(json.dumps(guard.state())))
+    for step in range(75, 300):
+        assert guard.tune(step, symptoms(step)) == other.tune(step, symptoms(step))
+    assert guard.state() == other.state()
