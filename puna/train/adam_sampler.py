@@ -23,6 +23,7 @@ from puna.train.adam_stats import (
     adds_decay,
     coordinates,
     held_here,
+    less_eps,
     rule_of,
     sums,
 )
@@ -160,7 +161,7 @@ class Sampler:
         if scale is not None:
             buffer[0] /= scale
         if isinstance(self.optimizer, Adamax):
-            buffer[2].sub_(hyper.eps * (1 + 1e-6)).clamp_(min=0)  # the norm of what never had a gradient is epsilon
+            buffer[2] = less_eps(buffer[2], hyper.eps)
         g, m, v, weight, *peak = buffer.unbind()
         return Sample(g, m, v, weight, chunk.previous.double(), *peak)
 

@@ -166,9 +166,14 @@ def radam(s: Sample, h: Hyper) -> Moments:
 
 
 def adamax(s: Sample, h: Hyper) -> Moments:
-    """Kingma and Ba 2015, algorithm 2: the infinity norm in the place of the root of v^."""
+    """Kingma and Ba 2015, algorithm 2: the infinity norm in the place of the root of v^, here less epsilon."""
     norm = torch.maximum(h.beta2 * (s.v + h.eps), s.g.abs() + h.eps)
-    return s.v.square(), norm, _first_moment(s, h) / (1 - h.beta1**h.step) / norm
+    return s.v.square(), less_eps(norm, h.eps), _first_moment(s, h) / (1 - h.beta1**h.step) / norm
+
+
+def less_eps(norm: Tensor, eps: Tensor) -> Tensor:
+    """Adamax's norm without the epsilon in it: 0 for what never had a gradient, rounding aside."""
+    return (norm - eps * (1 + 1e-6)).clamp_(min=0)
 
 
 def _first_moment(s: Sample, h: Hyper) -> Tensor:
