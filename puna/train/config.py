@@ -157,6 +157,9 @@ class HealthConfig(Section):
     surprise: float = setting(10.0, "alarm: gradient RMS over the RMS that Adam's second moment expects", gt=1)
     surprise_watch: float = setting(4.0, "watch: the same", gt=1)
     surge: float = setting(3.0, "alarm: the surprise that half of all tensors exceed at once", gt=1)
+    leap: float = setting(
+        4.0, "alarm: update over weights, as a multiple of its usual, that half of all tensors exceed at once", gt=1
+    )
     u_rms: float = setting(0.6, "alarm, with f9 and bimodality: RMS of the update over the rate", gt=0)
     f9: float = setting(0.3, "alarm, with u_rms and bimodality: share of coordinates that move by over 0.9 rates", gt=0)
     bimodality: float = setting(0.555, "alarm, with u_rms and f9: bimodality coefficient of the update", gt=0)

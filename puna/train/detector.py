@@ -15,14 +15,15 @@ Rules on each tensor (thresholds: `HealthConfig`); r is the update over the rate
 | steep | StableAdamW's RMS is above `stable_rms` and twice its usual | watch |
 | nonfinite | a gradient or moment is not finite | alarm |
 
-and on the run: surge (half of the tensors have a surprise above `surge`: alarm), loss (robust z above `loss_z` for 3
-steps: alarm), norm (robust z of the logarithm of the gradient norm above `norm_z`: watch), logits (largest attention
-logit above `max_logit`: watch). "Usual" is a running mean of the logarithm whose innovations are cut at a factor 2.
+and on the run: surge (half of the tensors have a surprise above `surge`: alarm), leap (half of them an update over
+weights above `leap` times its usual: alarm), loss (robust z above `loss_z` for 3 steps: alarm), norm (robust z of the
+logarithm of the gradient norm above `norm_z`: watch), logits (largest attention logit above `max_logit`: watch).
+"Usual" is a running mean of the logarithm whose innovations are cut at a factor 2.
 
 What is normal: coordinates that never had a gradient are not counted; a tensor without any has no statistics. In the
 first 3 / (1 - b1) steps of a tensor, from its first gradient or a reset, r is +-1 by construction, so burst, jump,
-adrift, stride and steep wait. For `settle` steps after its rate jumps by half or more, or after `announce`, jump and
-stride need twice their thresholds.
+adrift, stride, steep, surge and leap wait. For `settle` steps after `announce`, jump, stride and leap need twice their
+thresholds; after its rate jumps by half or more, jump does.
 """
 
 from collections import deque
@@ -116,6 +117,7 @@ def rules(config: HealthConfig) -> tuple[Rule, ...]:
         Rule("steep", "stable_rms", config.stable_rms, None),
         Rule("nonfinite", "num_nonfinite", None, 0.0),
         Rule("surge", "surprise", None, config.surge),
+        Rule("leap", "update_ratio", None, config.leap),
         Rule("loss", "loss_z", None, config.loss_z, 3),
         Rule("norm", "norm_z", config.norm_z, None),
         Rule("logits", "max_logit", config.max_logit, None),
@@ -146,6 +148,17 @@ class _Memory:
         return cls(np.full(count, np.nan), usual, streaks, np.full(count, np.nan), settling)
 
 
+@dataclass(frozen=True)
+class _Look:
+    """A rule's view of all tensors: values, where it may fire, factors of its threshold; severity where it is not
+    value over threshold."""
+
+    value: Numbers
+    gate: Flags
+    factor: Numbers
+    share: Numbers | None = None
+
+
 class Detector:
     """Turns readings into a status; its memory (running means, streaks) is part of a checkpoint."""
 
@@ -157,9 +170,11 @@ class Detector:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._loss_zs: deque[float] = deque(maxlen=3)
+        self._leap = 0.0  # median over tensors of update over weights as a multiple of its usual, in this step
         self._last = {"watch": -1, "alarm": -1}  # newest steps with such evidence
-        self._announced = -1
+        self._announced, self._settled_at = -1, -1  # step of a change, step up to which thresholds are wider for it
 
+    @np.errstate(all="ignore")
     def judge(self, reading: Reading) -> Status:
         """The status after one more reading."""
         self._know(reading.names)
@@ -202,7 +217,7 @@ class Detector:
             "norms": list(self._norms),
             "loss_zs": list(self._loss_zs),
             "last": dict(self._last),
-            "announced": self._announced,
+            "announced": [self._announced, self._settled_at],
             "status": {
                 "state": self.status.state,
                 "step": self.status.step,
@@ -224,7 +239,8 @@ class Detector:
         for ring, key in ((self._losses, "losses"), (self._norms, "norms"), (self._loss_zs, "loss_zs")):
             ring.clear()
             ring.extend(numbers[key])
-        self._last, self._announced = dict(numbers["last"]), numbers["announced"]
+        self._last = dict(numbers["last"])
+        self._announced, self._settled_at = numbers["announced"]
         status = numbers["status"]
         evidence = tuple(Evidence(**fields) for fields in status["evidence"])
         self.status = Status(status["state"], status["step"], evidence, status["score"])
@@ -247,68 +263,69 @@ class Detector:
     def _settle(self, reading: Reading) -> None:
         """Note which tensors are to settle, because their rate has jumped or a change was announced."""
         memory = self._memory
-        with np.errstate(all="ignore"):
-            change = np.abs(np.log(reading.rates / memory.rates))
+        change = np.abs(np.log(reading.rates / memory.rates))
         jumped = (change > np.log(RATE_JUMP)) & (reading.ages > 0)
-        memory.settling[jumped | (self._announced == reading.step)] = reading.step + self.config.settle
+        memory.settling[jumped] = reading.step + self.config.settle
+        if self._announced == reading.step:
+            self._settled_at = reading.step + self.config.settle
         memory.rates = reading.rates.copy()
 
     def _tensors(self, reading: Reading) -> tuple[float, list[Found]]:
         """Largest severity of the alarm rules, and what fired."""
-        values, gates, thresholds = self._prepared(reading)
         found: list[Found] = []
         severity = 0.0
+        looks = self._looks(reading)
         for number, rule in enumerate(self.rules[:TENSOR_RULES]):
-            value, gate, factor = values[rule.rule], gates[rule.rule], thresholds[rule.rule]
+            look = looks[rule.rule]
             limit = rule.watch if rule.watch is not None else rule.alarm
             assert limit is not None
-            with np.errstate(invalid="ignore"):
-                beyond = gate & (value < limit if rule.when == "below" else value > limit * factor)
+            low, factor = rule.when == "below", look.factor
+            beyond = look.gate & (look.value < limit if low else look.value > limit * factor)
             streak = self._memory.streaks[number]
             streak[:] = np.where(beyond, streak + 1, 0)
             if rule.alarm is not None:
-                share = value / np.maximum(rule.alarm * factor, 1e-6)
-                severity = max(severity, float(np.max(np.where(gate, share, 0.0), initial=0.0)))
+                share = look.value / np.maximum(rule.alarm * factor, 1e-6) if look.share is None else look.share
+                told = look.gate if look.share is None else reading.settled
+                severity = max(severity, float(np.max(np.nan_to_num(share[told]), initial=0.0)))
             for i in np.flatnonzero(streak >= rule.steps):
-                alarm = rule.alarm is not None and value[i] > rule.alarm * factor[i]
+                alarm = rule.alarm is not None and look.value[i] > rule.alarm * factor[i]
                 threshold = float(((rule.alarm if alarm else limit) or 0.0) * factor[i])
                 place = (reading.names[i], reading.layers[i], rule.rule, rule.statistic)
-                evidence = Evidence(*place, float(value[i]), threshold, "alarm" if alarm else "watch")
+                evidence = Evidence(*place, float(look.value[i]), threshold, "alarm" if alarm else "watch")
                 found.append((reading.step - int(streak[i]) + 1, evidence))
         return severity, found
 
-    def _prepared(self, reading: Reading) -> tuple[dict[str, Numbers], dict[str, Flags], dict[str, Numbers]]:
-        """Of every tensor rule: values (NaN made 0), where it may fire, and factors of its threshold."""
+    def _looks(self, reading: Reading) -> dict[str, "_Look"]:
+        """What each rule on tensors looks at; learns what is usual, and the leap of this step."""
         config, memory, found = self.config, self._memory, reading.statistics
-        values = {rule.rule: np.nan_to_num(found[rule.statistic]) for rule in self.rules[:TENSOR_RULES]}
-        values["correlated"] = self._running_lag(found["lag_cosine"])
         active, one = found["num_active"] > 0, np.ones(len(reading.names))
         settled = reading.settled & active
-        usual = {key: np.exp(np.nan_to_num(mean, nan=-np.inf)) for key, mean in memory.usual.items()}
-        has_usual = np.isfinite(memory.usual["u_rms"])
-        factor = np.where(reading.step <= memory.settling, SETTLE_FACTOR, 1.0)
-        with np.errstate(invalid="ignore"):
-            peaks = (found["f9"] > config.f9) & (found["bc"] > config.bimodality)
-            unusual = found["u_rms"] > 2 * usual["u_rms"] * factor
-            steeper = found["stable_rms"] > 2 * usual["stable_rms"]
-            fast = found["u_rms"] > 0.5
-        gates = {
-            "burst": settled,
-            "jump": settled & has_usual & peaks & unusual,
-            "stall": active,
-            "floor": active,
-            "correlated": active,
-            "adrift": settled & fast,
-            "stride": settled & has_usual,
-            "steep": settled & has_usual & steeper,
-            "nonfinite": np.ones(len(reading.names), bool),
-        }
-        thresholds = dict.fromkeys(gates, one) | {
-            "jump": factor,
-            "stride": factor * np.maximum(usual["update_ratio"], 0),
+        usual = {key: np.exp(mean) for key, mean in memory.usual.items()}
+        announced = SETTLE_FACTOR if reading.step <= self._settled_at else 1.0
+        factor = np.where(reading.step <= memory.settling, SETTLE_FACTOR, announced)
+        u_rms, ratio, steep = found["u_rms"], found["update_ratio"], found["stable_rms"]
+        tests = (
+            u_rms / config.u_rms,
+            found["f9"] / config.f9,
+            found["bc"] / config.bimodality,
+            u_rms / usual["u_rms"] / 2,
+        )
+        jump = np.min(tests, axis=0) / factor
+        leaps = (ratio / usual["update_ratio"] / announced)[settled]
+        self._leap = float(np.median(leaps[np.isfinite(leaps)])) if np.isfinite(leaps).any() else 0.0
+        looks = {
+            "burst": _Look(found["surprise"], settled, one),
+            "jump": _Look(u_rms, settled & (jump > 1), one, jump),
+            "stall": _Look(found["stall"], active, one),
+            "floor": _Look(found["below_eps"], active, one),
+            "correlated": _Look(self._running_lag(found["lag_cosine"]), active, one),
+            "adrift": _Look(found["descent_cosine"], settled & (u_rms > 0.5), one),
+            "stride": _Look(ratio, settled, announced * usual["update_ratio"]),
+            "steep": _Look(steep, settled & (steep > 2 * usual["stable_rms"]), one),
+            "nonfinite": _Look(found["num_nonfinite"], one > 0, one),
         }
         self._learn(reading, settled)
-        return values, gates, thresholds
+        return looks
 
     def _running_lag(self, cosine: Numbers) -> Numbers:
         lag = self._memory.lag
@@ -319,8 +336,7 @@ class Detector:
     def _learn(self, reading: Reading, settled: Flags) -> None:
         """Move what is usual towards what is, by at most a factor 2 of innovation."""
         for key, mean in self._memory.usual.items():
-            with np.errstate(all="ignore"):
-                newest = np.log(reading.statistics[key])
+            newest = np.log(reading.statistics[key])
             known = settled & np.isfinite(newest)
             step = USUAL_RATE * np.clip(newest - mean, -USUAL_CUT, USUAL_CUT)
             mean[known] = np.where(np.isnan(mean), newest, mean + step)[known]
@@ -345,6 +361,7 @@ class Detector:
         surprise = reading.statistics["surprise"][reading.settled]
         if (known := surprise[np.isfinite(surprise)]).size:
             yield by_name["surge"], float(np.median(known))
+        yield by_name["leap"], self._leap
         if reading.loss is not None:
             self._loss_zs.append(robust_z(reading.loss, self._losses))
             if np.isfinite(reading.loss):
