@@ -150,24 +150,33 @@ class HealthConfig(Section):
     )
     record_every: int = setting(20, "steps between health records", "steps", ge=1)
     histogram_every: int = setting(50, "steps between histograms of the update", "steps", ge=1)
-    settle: int = setting(
-        50, "steps after a jump of the rate, or an announced change, with wider thresholds", "steps", ge=0
-    )
+    settle: int = setting(50, "steps after an announced change with thresholds of the update doubled", "steps", ge=0)
     hold: int = setting(50, "steps without evidence before the state falls back", "steps", ge=1)
-    surprise: float = setting(10.0, "alarm: gradient RMS over the RMS that Adam's second moment expects", gt=1)
-    surprise_watch: float = setting(4.0, "watch: the same", gt=1)
-    surge: float = setting(3.0, "alarm: the surprise that half of all tensors exceed at once", gt=1)
-    leap: float = setting(
-        4.0, "alarm: update over weights, as a multiple of its usual, that half of all tensors exceed at once", gt=1
+    surprise: float = setting(
+        10.0, "watch: gradient RMS of a tensor over the RMS that Adam's second moment expects", gt=1
     )
-    u_rms: float = setting(0.6, "alarm, with f9 and bimodality: RMS of the update over the rate", gt=0)
-    f9: float = setting(0.3, "alarm, with u_rms and bimodality: share of coordinates that move by over 0.9 rates", gt=0)
-    bimodality: float = setting(0.555, "alarm, with u_rms and f9: bimodality coefficient of the update", gt=0)
+    surge: float = setting(7.0, "alarm: the surprise that half of all tensors exceed at once", gt=1)
+    lurch: float = setting(
+        4.0,
+        "alarm, with lurch_size: median over tensors of the update over the weights, in multiples of its usual",
+        gt=1,
+    )
+    lurch_size: float = setting(0.08, "alarm, with lurch: median over tensors of the update over the weights", gt=0)
+    leap: float = setting(8.0, "alarm: as lurch, whatever the size", gt=1)
+    stride: float = setting(
+        20.0, "alarm, with stride_size: update of one tensor over its weights, in multiples of its usual", gt=1
+    )
+    stride_size: float = setting(0.1, "alarm, with stride: update of one tensor over its weights", gt=0)
+    chorus: float = setting(0.7, "alarm, with chorus_rise: median over tensors of the RMS of update over rate", gt=0)
+    chorus_rise: float = setting(2.5, "alarm, with chorus: the same in multiples of its usual", gt=1)
+    u_rms: float = setting(0.6, "watch, with f9 and bimodality: RMS of the update over the rate", gt=0)
+    f9: float = setting(0.3, "watch, with u_rms and bimodality: share of coordinates that move by over 0.9 rates", gt=0)
+    bimodality: float = setting(0.555, "watch, with u_rms and f9: bimodality coefficient of the update", gt=0)
     stall: float = setting(10.0, "watch: median of sqrt(v) over epsilon", gt=0)
     below_eps: float = setting(0.5, "watch: share of coordinates with sqrt(v) below epsilon", gt=0, le=1)
     lag_cosine: float = setting(0.6, "watch: running mean of the cosine of successive gradients", gt=0, lt=1)
     descent_cosine: float = setting(0.1, "watch, with u_rms above 0.5: cosine of update and gradient", gt=-1, lt=1)
-    update_ratio: float = setting(10.0, "watch: update over weights, as a multiple of its own running median", gt=1)
+    update_ratio: float = setting(10.0, "watch: update of one tensor over its weights, in multiples of its usual", gt=1)
     stable_rms: float = setting(2.5, "watch: StableAdamW's RMS of the gradient over sqrt(v)", gt=1)
     loss_z: float = setting(6.0, "alarm: robust z of the loss, three steps in a row", gt=0)
     norm_z: float = setting(6.0, "watch: robust z of the logarithm of the global gradient norm", gt=0)

@@ -183,7 +183,6 @@ class Track:
             statistics=found,
             ages=np.array([self._ages.get(name, 0) for name in self._names]),
             settled=self._settled(self.tensors),
-            rates=rates,
             loss=given.pop("loss", None),
             grad_norm=self._norm(found, num_sampled) if norm is None else norm,
             companions=given,
