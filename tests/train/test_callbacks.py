@@ -1,0 +1,106 @@
+"""The monitor under Hugging Face's Trainer and in a plain loop: the same records, the same page."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from puna.diagnosis.page import page
+from puna.diagnosis.records import watched
+from puna.diagnosis.words import diagnose
+from puna.report import read_events
+
+pytest.importorskip("accelerate", reason="Hugging Face's Trainer needs accelerate, which is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+STEPS, BATCH, LENGTH = 140, 4, 32
+STALL = range(40, 110)  # forward passes of training in which the embedding's gradient is nearly zero
+
+
+class Text(IterableDataset):
+    """Bytes of the standard library's source, always in the same order."""
+
+    def __iter__(self):
+        data = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()
+        for row in data[: STEPS * BATCH * LENGTH].view(-1, LENGTH):
+            yield {"input_ids": row, "labels": row}
+
+
+class Stalling(transformers.LlamaForCausalLM):
+    """A small Llama whose first layers get no gradient worth the name for a while, and then all of it at once."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.passes = 0
+        for name, parameter in self.named_parameters():
+            if name.startswith(("model.embed_tokens", "model.layers.0.")):
+                parameter.register_hook(lambda gradient: gradient * 1e-9 if self.passes in STALL else gradient)
+
+    def forward(self, *args, **kwargs):
+        self.passes += self.training
+        return super().forward(*args, **kwargs)
+
+
+def model_and_optimizer():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=LENGTH,
+    )  # fmt: skip
+    model = Stalling(config).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+
+
+def plain_loop(folder: Path) -> torch.nn.Module:
+    """Three added lines: the import and the two that name the monitor."""
+    from puna.train.health import HealthMonitor
+
+    model, optimizer = model_and_optimizer()
+    monitor = HealthMonitor(optimizer, model, folder=folder)
+    for batch in DataLoader(Text(), batch_size=BATCH):
+        loss = model(**batch, num_items_in_batch=BATCH * (LENGTH - 1)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        monitor.loss(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def trainer_for(folder: Path, **settings):
+    model, optimizer = model_and_optimizer()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=BATCH, max_grad_norm=1.0, use_cpu=True,
+        report_to="none", disable_tqdm=True, logging_strategy="no", save_strategy="no", dataloader_pin_memory=False,
+        **settings,
+    )  # fmt: skip
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    return transformers.Trainer(model, arguments, train_dataset=Text(), optimizers=(optimizer, constant))
+
+
+def hugging_face(folder: Path, trainer_folder: Path) -> torch.nn.Module:
+    """The same work under the Trainer; three added lines."""
+    from puna.train.callbacks.hugging_face import HealthCallback
+
+    trainer = trainer_for(trainer_folder)
+    health = HealthCallback(trainer, folder)
+    trainer.add_callback(health)
+    trainer.train()
+    return trainer.model
+
+
+def page_of(folder: Path) -> str:
+    problems: list[str] = []
+    found = watched(read_events(folder / "events.jsonl", problems))
+    return page("a run", found, diagnose(found, problems))
+
+
+def test_trainer_and_plain_loop_give_the_same_page(tmp_path):
+    plain = plain_loop(tmp_path / "plain").state_dict()
+    trained = hugging_face(tmp_path / "hf", tmp_path / "out").state_dict()
+    assert all(torch.equal(plain[name], trained[name]) for name in plain)
+    assert page_of(tmp_path / "plain") == page_of(tmp_path / "hf")
+    found = watched(read_events(tmp_path / "hf" / "events.jsonl", []))
+    assert found.state == "alarm"
