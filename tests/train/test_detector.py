@@ -126,7 +126,7 @@ def test_two_peaks_that_were_always_there_are_no_jump() -> None:
 @pytest.mark.parametrize(
     ("figures", "rules"),
     [
-        ({"surprise": 8.0}, {"surge"}),
+        ({"surprise": 12.0}, {"surge"}),
         ({"update_ratio": 9e-3}, {"leap"}),
         ({"u_rms": 0.8}, {"chorus"}),
     ],
