@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/health"), help="folder of results (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default: 1)")
     parser.add_argument("--rescue", action="store_true", help="train the diverging runs under every remedy too")
-    parser.add_argument("--draw", action="store_true", help="draw the list anew (labels only, no monitor), write --runs")
+    parser.add_argument("--draw", action="store_true", help="draw the list anew by labels alone, write --runs")
     parser.add_argument("--json", action="store_true", help="print one line of JSON only")
     options = parser.parse_args()
     if options.draw:
