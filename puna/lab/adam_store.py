@@ -12,13 +12,15 @@ from typing import Any
 
 from puna.console import bar
 from puna.lab.adam_spec import RunSpec
+from puna.train.config import HealthConfig
 
-CODE = (
-    "train/adam_stats.py", "train/detector.py", "train/health.py", "train/controller.py", "train/tensor_guard.py",
-    "train/spike_judge.py", "train/actions.py", "train/levers.py", "train/config.py", "train/clipping.py",
-    "train/stable_adamw.py", "lab/adam_run.py", "lab/adam_text.py", "lab/adam_trial.py", "lab/adam_arms.py",
+RUN = ("lab/adam_run.py", "lab/adam_text.py", "lab/adam_trial.py")
+WATCHED = ("train/adam_stats.py", "train/adam_sampler.py", "train/detector.py", "train/health.py", "train/health_track.py")
+REMEDIES = (
+    "lab/adam_arms.py", "train/clipping.py", "train/stable_adamw.py", "train/controller.py", "train/tensor_guard.py",
+    "train/spike_judge.py", "train/actions.py", "train/levers.py", "train/trend.py",
 )  # fmt: skip
-"""What a result depends on, beside PyTorch."""
+"""Code that a result depends on, beside PyTorch: every result, those of watched runs, those under a remedy."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,15 @@ class Job:
 
     def file(self) -> str:
         """Name of its result: changes with anything that it depends on."""
-        facts = [self.spec.model_dump(mode="json"), self.arm, self.watch, self.health, _code(self.watch, self.arm)]
+        settings = HealthConfig(**self.health).model_dump(mode="json") if self.watch else None
+        facts = [self.spec.model_dump(mode="json"), self.arm, settings, _code(self.watch, self.arm)]
         digest = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
         return f"{self.spec.title}-{self.arm.replace('/', 'over').replace(' ', '_')}-{digest}.json"
 
 
 def _code(watch: bool, arm: str) -> str:
     root = Path(__file__).parents[1]
-    plain = not watch and arm == "nothing"
-    files = [name for name in CODE if not plain or name in ("lab/adam_run.py", "lab/adam_text.py")]
+    files = RUN + WATCHED * watch + REMEDIES * (arm != "nothing")
     return blake2b(b"".join((root / name).read_bytes() for name in files), digest_size=6).hexdigest()
 
 
