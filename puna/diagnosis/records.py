@@ -155,9 +155,9 @@ class Watched:
         return [row for row in rows if isinstance(row, dict)]
 
     def limit(self, statistic: str) -> float:
-        """The alarm's threshold on a statistic, else the watch's: the monitor's own, where it recorded one."""
+        """The threshold on a tensor's statistic: of the first rule that the monitor recorded, else the default."""
         own = [rule for rule in self.rules if rule.get("statistic") == statistic]
-        limits = (number(rule, level) for level in ("alarm", "watch") for rule in own)
+        limits = (number(rule, level) for rule in own for level in ("alarm", "watch"))
         return next((limit for limit in limits if limit is not None), STATISTICS[statistic].limit)
 
     def worst(self, statistic: str) -> dict[str, list[Point]]:

@@ -19,14 +19,19 @@ FAMILIES = {
     "stall": "stall", "below_eps": "stall",
     "surprise": "burst", "stable_rms": "burst",
     "u_rms": "coherent", "f9": "coherent", "bc": "coherent",
-    "lag_cosine": "correlated", "descent_cosine": "astray", "update_ratio": "large",
+    "lag_cosine": "correlated", "descent_cosine": "astray", "update_ratio": "large", "update_rise": "large",
     "loss_z": "loss", "norm_z": "norm", "num_nonfinite": "broken", "max_logit": "logits", "z": "logits",
 }  # fmt: skip
 
 NAMES = {key: statistic.name for key, statistic in STATISTICS.items()} | {
-    "update_ratio": "update ÷ weights", "loss_z": "deviation of the loss", "norm_z": "deviation of the gradient norm",
-    "num_nonfinite": "entries not finite", "max_logit": "largest attention logit", "z": "mean log Z",
-}  # fmt: skip
+    "update_ratio": "update ÷ weights",
+    "update_rise": "update ÷ its usual size",
+    "loss_z": "deviation of the loss",
+    "norm_z": "deviation of the gradient norm",
+    "num_nonfinite": "entries not finite",
+    "max_logit": "largest attention logit",
+    "z": "mean log Z",
+}
 
 MEANING = {
     "stall": "Adam's √v̂ of the layer has fallen to the size of ε: its updates are nearly zero, and it stops following "
@@ -97,14 +102,17 @@ REMEDIES: tuple[tuple[frozenset[str], str], ...] = (
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What is said of a run. The lists are sentences; `layers` are (layer, step of its first evidence)."""
+    """What is said of a run, mostly in sentences.
+
+    evidence: what came first, in order: the watch that led to the first alarm, what the whole run did, a tensor.
+    layers: (layer, step of its first evidence). spells: (state, first step, last step or None where it still holds).
+    """
 
     state: str
     headline: str
-    first: tuple[Change, Evidence] | None
-    forerunner: tuple[Change, Evidence] | None  # the watch that the first alarm grew out of
+    evidence: list[tuple[Change, Evidence]]
     layers: list[tuple[str, int]]
-    spells: list[tuple[str, int, int | None]]  # (state, from step, to step or None where it still holds)
+    spells: list[tuple[str, int, int | None]]
     loss: str
     actions: list[str]
     meaning: list[str]
@@ -113,20 +121,28 @@ class Diagnosis:
 
     def figures(self) -> dict[str, Any]:
         """For --json."""
+        evidence = [{"step": change.step, "state": change.state, **vars(one)} for change, one in self.evidence]
         spells = [{"state": state, "from": begin, "to": end} for state, begin, end in self.spells]
         layers = [{"layer": layer, "step": step} for layer, step in self.layers]
         return {
-            "state": self.state, "headline": self.headline, "first": _plain(self.first),
-            "forerunner": _plain(self.forerunner), "layers": layers, "spells": spells,
-            "loss": self.loss, "actions": self.actions, "meaning": self.meaning, "next": self.remedies,
+            "state": self.state,
+            "headline": self.headline,
+            "first": evidence[-1] if evidence else None,
+            "evidence": evidence,
+            "layers": layers,
+            "spells": spells,
+            "loss": self.loss,
+            "actions": self.actions,
+            "meaning": self.meaning,
+            "next": self.remedies,
             "notes": self.notes,
-        }  # fmt: skip
+        }
 
     def parts(self) -> Iterator[tuple[str, list[str]]]:
         """(title, sentences) of every part that has something to say."""
         steps = groupby(self.layers, key=lambda pair: pair[1])
         layers = [f"Step {step:,}: {', '.join(layer for layer, _ in pairs)}." for step, pairs in steps]
-        first = [told(*found) for found in (self.forerunner, self.first) if found]
+        first = [told(*found) for found in self.evidence]
         named = {
             "What came first": first, "Which layers": layers, "The loss": [self.loss] if self.loss else [],
             "What was done": self.actions, "What it means": self.meaning,
@@ -153,15 +169,12 @@ def require(found: Watched, folder: str, any_event: bool) -> None:
 def diagnose(found: Watched, problems: Sequence[str] = ()) -> Diagnosis:
     """The diagnosis of a run's health records. problems: sentences about records that could not be read."""
     worst = [change for change in found.changes if change.state == found.state and change.state != "calm"]
-    forerunner = _forerunner(found, worst)
-    families = _families([*forerunner, *worst])
-    first = next(((change, one) for change in worst for one in change.reasons), None)
+    families = _families([*_forerunner(found, worst), *worst])
     moves = loss_moves(found.losses) if found.every_loss else []
     return Diagnosis(
         state=found.state,
         headline=_headline(found, worst),
-        first=first,
-        forerunner=next(((change, one) for change in forerunner for one in change.reasons), None),
+        evidence=_evidence(found, worst),
         layers=_first_steps(worst),
         spells=spells(found),
         loss=_loss(found, moves),
@@ -233,11 +246,12 @@ def _headline(found: Watched, worst: list[Change]) -> str:
     return f"On watch at step {worst[0].step:,} of {last:,}{where}; {times} in all, {now}, and never an alarm."
 
 
-def _plain(found: tuple[Change, Evidence] | None) -> dict[str, Any] | None:
-    if found is None:
-        return None
-    change, evidence = found
-    return {"step": change.step, "state": change.state, **vars(evidence)}
+def _evidence(found: Watched, worst: list[Change]) -> list[tuple[Change, Evidence]]:
+    """What came first: the watch that the first alarm grew out of, what the whole run did, the first tensor."""
+    before = [(change, one) for change in _forerunner(found, worst) for one in change.reasons]
+    first = [(change, one) for change in worst[:1] for one in change.reasons]
+    whole, tensors = [pair for pair in first if not pair[1].tensor], [pair for pair in first if pair[1].tensor]
+    return [*before[:1], *whole[:1], *tensors[:1]]
 
 
 def _forerunner(found: Watched, worst: list[Change]) -> list[Change]:

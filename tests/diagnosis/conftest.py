@@ -18,7 +18,7 @@ STALL = range(100)  # steps in which the first layers get next to no gradient
 
 @pytest.fixture(scope="session")
 def stalled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """180 steps; the embedding and layer 0 stall, and get their gradients back at step 101."""
+    """180 steps; the embedding and the first two layers stall, and get their gradients back at step 101."""
     return train(tmp_path_factory.mktemp("health") / "stalled", 180, STALL)
 
 
@@ -39,11 +39,15 @@ def train(folder: Path, num_steps: int, stall: range) -> Path:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.999), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2, betas=(0.9, 0.999), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 50))
     monitor = HealthMonitor(optimizer, model, HealthConfig(record_every=5, histogram_every=20), folder=folder)
     text = torch.frombuffer(bytearray(Path(os.__file__).read_bytes()), dtype=torch.uint8).long()
-    first = [p for name, p in model.named_parameters() if name.startswith(("model.embed", "model.layers.0."))]
+    first = [
+        p
+        for name, p in model.named_parameters()
+        if name.startswith(("model.embed", "model.layers.0.", "model.layers.1."))
+    ]
     for step in range(num_steps):
         begins = torch.randint(len(text) - LENGTH - 1, (BATCH,)).tolist()
         rows = torch.stack([text[begin : begin + LENGTH + 1] for begin in begins])

@@ -9,6 +9,7 @@ from puna.diagnosis.words import FAMILIES, MEANING, REMEDIES, diagnose, loss_mov
 from puna.errors import DataError
 from puna.report import read_events
 
+STALLED = {"embedding", "layer 0", "layer 1"}
 START = {"event": "health_start", "step": 0, "tensors": {"embed": "embedding", "a": "layer 0", "b": "layer 1"}}
 
 
@@ -27,13 +28,12 @@ def sample(step, **values):
 
 def test_a_run_that_stalled_is_told_from_its_first_layer_on(stalled):
     diagnosis = diagnose(read(stalled))
-    told, evidence = diagnosis.first
+    (before, stall), (turn, whole), (_, tensor) = diagnosis.evidence
     assert diagnosis.state == "alarm"
-    assert told.step == 101
-    assert evidence.layer in ("embedding", "layer 0")
-    assert "Alarm at step 101 of 180" in diagnosis.headline
-    assert {layer for layer, _ in diagnosis.layers} == {"embedding", "layer 0"}
-    assert diagnosis.forerunner[1].statistic == "stall"
+    assert (before.state, stall.statistic, turn.step, whole.tensor) == ("watch", "stall", 101, "")
+    assert tensor.layer in STALLED
+    assert "Alarm at step 101 of 180, first in " in diagnosis.headline
+    assert {layer for layer, _ in diagnosis.layers} == STALLED
     assert diagnosis.meaning[:2] == [MEANING["stall"], MEANING["burst"]]
     assert diagnosis.remedies[0].startswith("Look: hold step 101 against the data")
     assert any("A larger ε makes it worse" in sentence for sentence in diagnosis.remedies)
@@ -48,7 +48,6 @@ def test_a_calm_run_needs_nothing():
 def test_a_run_without_trouble_has_no_alarm(quiet):
     diagnosis = diagnose(read(quiet))
     assert diagnosis.state in ("calm", "watch")
-    assert diagnosis.forerunner is None
     assert "alarm;" not in diagnosis.headline
 
 

@@ -1,5 +1,6 @@
 """The monitor under Hugging Face's Trainer and in a plain loop: the same records, the same page."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from puna.report import read_events
 pytest.importorskip("accelerate", reason="Hugging Face's Trainer needs accelerate, which is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-STEPS, BATCH, LENGTH = 140, 4, 32
-STALL = range(40, 110)  # forward passes of training in which the embedding's gradient is nearly zero
+STEPS, BATCH, LENGTH = 120, 4, 32
+STALL = range(80)  # forward passes of training in which the embedding's gradient is nearly zero
 
 
 class Text(IterableDataset):
@@ -28,19 +29,20 @@ class Text(IterableDataset):
             yield {"input_ids": row, "labels": row}
 
 
-class Stalling(transformers.LlamaForCausalLM):
-    """A small Llama whose first layers get no gradient worth the name for a while, and then all of it at once."""
+def stalling(model):
+    """Give the model's first layers no gradient worth the name for a while, and then all of it at once."""
+    passes = itertools.count()
+    now = 0
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.passes = 0
-        for name, parameter in self.named_parameters():
-            if name.startswith(("model.embed_tokens", "model.layers.0.")):
-                parameter.register_hook(lambda gradient: gradient * 1e-9 if self.passes in STALL else gradient)
+    def begin(module, inputs):
+        nonlocal now
+        now = next(passes)
 
-    def forward(self, *args, **kwargs):
-        self.passes += self.training
-        return super().forward(*args, **kwargs)
+    model.register_forward_pre_hook(begin)
+    for name, parameter in model.named_parameters():
+        if name.startswith(("model.embed_tokens", "model.layers.0.")):
+            parameter.register_hook(lambda gradient: gradient * 1e-9 if now in STALL else gradient)
+    return model
 
 
 def model_and_optimizer():
@@ -49,24 +51,24 @@ def model_and_optimizer():
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=LENGTH,
     )  # fmt: skip
-    model = Stalling(config).train()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999), weight_decay=0.0)
+    model = stalling(transformers.LlamaForCausalLM(config).train())
+    return model, torch.optim.AdamW(model.parameters(), lr=2e-2, betas=(0.9, 0.999), weight_decay=0.0)
 
 
-def plain_loop(folder: Path) -> torch.nn.Module:
-    """Three added lines: the import and the two that name the monitor."""
-    from puna.train.health import HealthMonitor
+def plain_loop(folder: Path):
+    """A loop of one's own; three added lines."""
+    from puna.train.health import HealthMonitor  # 1
 
     model, optimizer = model_and_optimizer()
-    monitor = HealthMonitor(optimizer, model, folder=folder)
+    monitor = HealthMonitor(optimizer, model, folder=folder)  # 2
     for batch in DataLoader(Text(), batch_size=BATCH):
         loss = model(**batch, num_items_in_batch=BATCH * (LENGTH - 1)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        monitor.loss(loss)
+        monitor.loss(loss)  # 3
         optimizer.step()
         optimizer.zero_grad()
-    return model
+    return model, monitor
 
 
 def trainer_for(folder: Path, **settings):
@@ -82,11 +84,11 @@ def trainer_for(folder: Path, **settings):
 
 def hugging_face(folder: Path, trainer_folder: Path) -> torch.nn.Module:
     """The same work under the Trainer; three added lines."""
-    from puna.train.callbacks.hugging_face import HealthCallback
+    from puna.train.callbacks.hugging_face import HealthCallback  # 1
 
     trainer = trainer_for(trainer_folder)
-    health = HealthCallback(trainer, folder)
-    trainer.add_callback(health)
+    health = HealthCallback(trainer, folder)  # 2
+    trainer.add_callback(health)  # 3
     trainer.train()
     return trainer.model
 
@@ -98,9 +100,12 @@ def page_of(folder: Path) -> str:
 
 
 def test_trainer_and_plain_loop_give_the_same_page(tmp_path):
-    plain = plain_loop(tmp_path / "plain").state_dict()
+    model, monitor = plain_loop(tmp_path / "plain")
+    shown = page_of(tmp_path / "plain")
+    monitor.close()  # as the end of the process would
+    plain = model.state_dict()
     trained = hugging_face(tmp_path / "hf", tmp_path / "out").state_dict()
     assert all(torch.equal(plain[name], trained[name]) for name in plain)
-    assert page_of(tmp_path / "plain") == page_of(tmp_path / "hf")
+    assert page_of(tmp_path / "hf") == shown
     found = watched(read_events(tmp_path / "hf" / "events.jsonl", []))
     assert found.state == "alarm"

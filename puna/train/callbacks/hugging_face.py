@@ -8,11 +8,15 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from puna.console import err
+from puna.train.actions import Recovery, Verdict
 from puna.train.config import HealthConfig
+from puna.train.controller import Controller
 from puna.train.health import HealthMonitor
+from puna.train.levers import zero_moments
 
 STATE_FILE = "puna_health.pt"  # in each of the Trainer's checkpoints
 
@@ -25,7 +29,7 @@ class HealthCallback(TrainerCallback):
     With `HealthConfig(act=True)` it also adjusts single tensors, skips a bad batch (its gradients become None, so that
     neither weights nor moments change), and where a roll-back is due it stops the training without taking the step and
     says which checkpoint to go on from: `stopped` is then that sentence. The monitor's state lies in the Trainer's
-    checkpoints and is restored from there.
+    checkpoints and is restored from there; after a roll-back the run goes on slower, as in Puna's own loop.
 
     trainer: where the loss of each optimiser step is taken from (what its `training_step` returns, summed over the
     micro-batches).
@@ -34,19 +38,21 @@ class HealthCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, folder: Path | str, config: HealthConfig | None = None) -> None:
         self.trainer, self.folder, self.config = trainer, Path(folder), config or HealthConfig()
         self.monitor: HealthMonitor | None = None
+        self.controller = Controller(self.config) if self.config.act else None
         self.stopped = ""
         self._losses: list[Tensor] = []
         self._norm: Tensor | None = None
+        self._settings: list[dict[str, Any]] = []  # of the parameter groups, where a step has others
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The optimiser is there: begin, or go on from the checkpoint that the Trainer resumed from."""
         self._release()
-        optimizer, self.stopped = kwargs["optimizer"], ""
-        inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-        self.monitor = HealthMonitor(inner, kwargs["model"], self.config, folder=self.folder)
-        kept = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+        self.stopped = ""
+        optimizer = _inner(kwargs["optimizer"])
+        self.monitor = HealthMonitor(optimizer, kwargs["model"], self.config, folder=self.folder, actor=self.controller)
+        kept = _checkpoint(args, state.global_step) / STATE_FILE
         if state.global_step and kept.is_file():
             self.monitor.load_state_dict(torch.load(kept, weights_only=True))
         self.monitor.at(state.global_step + 1)
@@ -57,19 +63,35 @@ class HealthCallback(TrainerCallback):
     ) -> None:
         """Gradients are whole and clipped, and no weight has changed."""
         assert self.monitor is not None
-        loss = torch.stack(self._losses).sum()
+        loss = self.trainer.accelerator.reduce(torch.stack(self._losses).sum(), reduction="mean")
         self._losses.clear()
         self.monitor.loss(loss)
-        if self.monitor.actor is not None:
-            self._act(args, state, control, kwargs["model"], float(loss))
+        if self.controller is None or self._norm is None:
+            return
+        step = state.global_step + 1
+        self._recover(self.controller.recovery(step), _inner(kwargs["optimizer"]))
+        verdict = self.controller.judge(step, float(loss), float(self._norm))
+        self.monitor.emit(verdict.records)
+        if verdict.kind != "go":
+            for parameter in kwargs["model"].parameters():
+                parameter.grad = None
+        if verdict.kind in ("roll_back", "stop"):
+            self._stop(args, state, control, verdict)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The settings that were of this step alone are put back before a scheduler sees them."""
+        for group, kept in zip(_inner(kwargs["optimizer"]).param_groups, self._settings, strict=False):
+            group.update(kept)
+        self._settings.clear()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put the monitor's state beside the Trainer's own."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.monitor is not None and state.is_world_process_zero and folder.is_dir():
-            aside = folder / f".{STATE_FILE}.tmp"
-            torch.save(self.monitor.state_dict(), aside)
-            aside.replace(folder / STATE_FILE)
+        if self.monitor is not None:
+            kept = self.monitor.state_dict()
+            if state.is_world_process_zero:
+                _save(kept, _checkpoint(args, state.global_step) / STATE_FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,7 +105,7 @@ class HealthCallback(TrainerCallback):
         def watched(*args: Any, **kwargs: Any) -> Tensor:
             loss = training_step(*args, **kwargs)
             self._losses.append(loss.detach())
-            if self.config.act and self.trainer.accelerator.sync_gradients:
+            if self.controller is not None and self.trainer.accelerator.sync_gradients:
                 self._norm = _norm(self.trainer.model)
             return loss
 
@@ -96,37 +118,61 @@ class HealthCallback(TrainerCallback):
             del self.trainer.training_step  # the class's own is seen again
             self._losses.clear()
 
-    def _act(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, loss: float
-    ) -> None:
+    def _recover(self, recovery: Recovery, optimizer: Optimizer) -> None:
+        """What a roll-back leaves behind for this step."""
         assert self.monitor is not None
-        assert self._norm is not None
-        verdict = self.monitor.actor.judge(state.global_step + 1, loss, float(self._norm))
-        self.monitor.emit(verdict.records)
-        if verdict.kind == "go":
-            return
-        for parameter in model.parameters():
-            parameter.grad = None
-        if verdict.kind == "skip":
-            return
+        if recovery.first:
+            self.monitor.announce("the run came back to a checkpoint")
+        if recovery.reset:
+            zero_moments(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+            self.monitor.reset([tensor.name for tensor in self.monitor.tensors])
+        self._settings = [{"lr": group["lr"], "betas": group["betas"]} for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            beta1, beta2 = group["betas"]
+            group["lr"] *= recovery.rate
+            group["betas"] = (beta1, beta2 if recovery.beta2 is None else min(beta2, recovery.beta2))
+
+    def _stop(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, verdict: Verdict) -> None:
+        """End the training; the checkpoint to go on from is told that the run comes back to it."""
+        assert self.controller is not None
         control.should_training_stop = True
-        self.stopped = _sentence(verdict.reason, Path(args.output_dir), verdict.onset - self.config.margin)
+        now = state.global_step + 1
+        saved = [int(path.name.rpartition("-")[2]) for path in Path(args.output_dir).glob("checkpoint-*")]
+        target = self.controller.target(saved, verdict.onset, now) if verdict.kind == "roll_back" else None
+        self.stopped = f"Training stopped before step {now}: {verdict.reason.rstrip('.')}."
+        if target is not None:
+            folder = _checkpoint(args, target.step)
+            self.stopped += (
+                f' Go on with trainer.train(resume_from_checkpoint="{folder}"); with '
+                "TrainingArguments(ignore_data_skip=True) other batches follow than those that led here."
+            )
+            kept = folder / STATE_FILE
+            if state.is_world_process_zero and kept.is_file():
+                known = torch.load(kept, weights_only=True)
+                numbers = known["numbers"]
+                numbers["actor"] = self.controller.returned(numbers["actor"], target.step, verdict.onset, now)
+                _save(known, kept)
+        elif verdict.kind == "roll_back":
+            self.stopped += f" There is no checkpoint in {args.output_dir} from before the trouble began."
         if state.is_world_process_zero:
             err.print(self.stopped, markup=False, soft_wrap=True)
+
+
+def _inner(optimizer: Optimizer) -> Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{step}"
+
+
+def _save(kept: dict[str, Any], path: Path) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    torch.save(kept, aside)
+    aside.replace(path)
 
 
 def _norm(model: nn.Module) -> Tensor:
     """Global norm of the gradients before the Trainer clips them."""
     norm = get_total_norm([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _sentence(reason: str, output: Path, target: int) -> str:
-    """Why training stopped and which checkpoint to go on from: the newest at or before the step `target`."""
-    saved = {int(path.name.rpartition("-")[2]): path for path in output.glob("checkpoint-*") if path.is_dir()}
-    older = [step for step in saved if step <= target]
-    if older:
-        place = f'trainer.train(resume_from_checkpoint="{saved[max(older)]}"), with the batches that follow it left out'
-    else:
-        place = f"an earlier state: there is no checkpoint at or before step {max(target, 0)} in {output}"
-    return f"Training stopped before the step: {reason.rstrip('.')}. Go on from {place}."
