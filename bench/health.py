@@ -1,7 +1,7 @@
 """Detection of Adam's divergence on runs that chose no threshold, beside four rivals; and what saves a run.
 
     python bench/health.py --json                        the committed runs (bench/health_runs.json)
-    python bench/health.py --runs FILE.json --json       runs of your own; `puna lab adam --fields` prints their settings
+    python bench/health.py --runs FILE.json --json       runs of your own; settings: `puna lab adam --fields`
     python bench/health.py --rescue --json               the diverging ones again, under every remedy
 
 Labels come from the loss alone (puna/lab/adam_labels.py). A run is a file in --out: what was done is not done again.
@@ -28,7 +28,9 @@ LIST = Path(__file__).with_name("health_runs.json")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=LIST, help="a JSON list of runs (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/health"), help="folder of results (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/health"), help="folder of results (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each (default: 1)")
     parser.add_argument("--rescue", action="store_true", help="train the diverging runs under every remedy too")
     parser.add_argument("--draw", action="store_true", help="draw the list anew by labels alone, write --runs")
@@ -38,7 +40,9 @@ def main() -> None:
         write_list(options.runs, options.out, options.workers)
         return
     specs = read_specs(options.runs)
-    outcomes = [adam_score.outcome(r) for r in complete([Job(spec) for spec in specs], options.out, options.workers, "runs")]
+    outcomes = [
+        adam_score.outcome(r) for r in complete([Job(spec) for spec in specs], options.out, options.workers, "runs")
+    ]
     result = adam_score.figures(outcomes)
     if options.rescue:
         diverging = [spec for spec, one in zip(specs, outcomes, strict=True) if one.diverging]
@@ -63,7 +67,9 @@ def print_tables(result: dict[str, Any]) -> None:
     for name in ("cause", "diverging", "detected", "median lead", "healthy", "false alarms"):
         table.add_column(name)
     for cause, row in [*result["by_cause"].items(), ("all", result)]:
-        cells = (row[key] for key in ("num_diverging", "detected_pct", "median_lead_steps", "num_healthy", "false_alarm_pct"))
+        cells = (
+            row[key] for key in ("num_diverging", "detected_pct", "median_lead_steps", "num_healthy", "false_alarm_pct")
+        )
         table.add_row(cause, *("" if cell is None else f"{cell:g}" for cell in cells))
     show.show([table])
     for key, value in result.items():

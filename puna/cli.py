@@ -576,9 +576,11 @@ def lab_fsdp(processes: tuple[int, ...], steps: int, simulate: bool, as_json: bo
 
 
 @lab.command("adam")
-@click.argument("experiment", default="injection", type=click.Choice(["injection", "mitigation", "search", "scale", "batch"]))
+@click.argument(
+    "experiment", default="injection", type=click.Choice(["injection", "mitigation", "search", "scale", "batch"])
+)
 @click.option("--seeds", type=click.IntRange(1), help="Seeds of each case; 20 for injection, else 1 to 3.")
-@click.option("--data", default="stdlib", show_default=True, help="A text file, a folder, or this Python's own library.")
+@click.option("--data", default="stdlib", show_default=True, help="Text: a file, a folder, or stdlib.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, of one thread each.")
 @click.option("--out", default="runs/adam", show_default=True, type=Path, help="Folder of results, a file a run.")
 @click.option("--fields", is_flag=True, help="Print the settings that a run has, and nothing else.")

@@ -1,10 +1,10 @@
 """Controlled experiments on Adam's instability (Molybog et al. 2023, arXiv 2304.09871): small, seeded, on real text.
 
-    injection    some tensors stall and burst: the loss, and the histogram of the update r, before and after
-    mitigation   the same under twelve remedies
-    search       no injection: where does training diverge by itself?
-    scale        epsilon beside the gradient: how it damps the embedding's update
-    batch        a larger batch: gradients of successive steps agree more
+injection    some tensors stall and burst: the loss, and the histogram of the update r, before and after
+mitigation   the same under twelve remedies
+search       no injection: where does training diverge by itself?
+scale        epsilon beside the gradient: how it damps the embedding's update
+batch        a larger batch: gradients of successive steps agree more
 """
 
 from collections.abc import Callable, Sequence
@@ -129,7 +129,9 @@ def _around(result: dict[str, Any]) -> dict[str, float]:
     losses = np.minimum(_losses(result), NEVER_FALLS)
     near = {"before": losses[RELEASE - AROUND : RELEASE], "after_20": losses[RELEASE + 16 : RELEASE + 25]}
     near |= {"after_80": losses[RELEASE + 76 : RELEASE + 85]}
-    return {"largest": float(losses[RELEASE : RELEASE + 60].max())} | {key: float(part.mean()) for key, part in near.items()}
+    return {"largest": float(losses[RELEASE : RELEASE + 60].max())} | {
+        key: float(part.mean()) for key, part in near.items()
+    }
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def _around(result: dict[str, Any]) -> dict[str, float]:
 
 def search(where: Where) -> dict[str, Any]:
     """Every setting over seeds: onsets by the rule of the labels, and the largest rise above the running median."""
-    settings = {name: keys for name, keys in _settings()}
+    settings = dict(_settings())
     rows = []
     for name, keys in settings.items():
         jobs = [
@@ -198,11 +200,16 @@ def batch(where: Where) -> dict[str, Any]:
     return _embedding(where, cases, ("lag_cosine", "f9", "u_rms"), 20, 60)
 
 
-def _embedding(where: Where, cases: dict[str, dict[str, Any]], keys: Sequence[str], low: int, high: int) -> dict[str, Any]:
+def _embedding(
+    where: Where, cases: dict[str, dict[str, Any]], keys: Sequence[str], low: int, high: int
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, settings in cases.items():
         jobs = [
-            Job(RunSpec(name=f"{name}-{seed}", cause="none", seed=seed, data=where.data, **settings), health={"record_every": 5})
+            Job(
+                RunSpec(name=f"{name}-{seed}", cause="none", seed=seed, data=where.data, **settings),
+                health={"record_every": 5},
+            )
             for seed in range(where.num_seeds)
         ]
         results = complete(jobs, where.folder, where.num_workers, name)
@@ -226,4 +233,3 @@ EXPERIMENTS: dict[str, Callable[[Where], dict[str, Any]]] = {
 }
 SEEDS = {"injection": 20, "mitigation": 2, "search": 1, "scale": 1, "batch": 3}
 """Seeds unless said otherwise."""
-

@@ -19,13 +19,17 @@ def rescue(specs: Sequence[RunSpec], folder: Path, num_workers: int) -> dict[str
     references = complete([Job(spec.reference(), watch=False) for spec in specs], folder, num_workers, "references")
     found = {}
     for arm in ARMS:
-        jobs = [Job(spec, arm, watch=arm == "controller", health=SHORT if arm == "controller" else {}) for spec in specs]
+        jobs = [
+            Job(spec, arm, watch=arm == "controller", health=SHORT if arm == "controller" else {}) for spec in specs
+        ]
         results = complete(jobs, folder, num_workers, f"remedy: {arm}")
         found[arm] = _figures(specs, results, references)
     return found
 
 
-def _figures(specs: Sequence[RunSpec], results: list[dict[str, Any]], references: list[dict[str, Any]]) -> dict[str, Any]:
+def _figures(
+    specs: Sequence[RunSpec], results: list[dict[str, Any]], references: list[dict[str, Any]]
+) -> dict[str, Any]:
     ratios = [_ratio(result, reference) for result, reference in zip(results, references, strict=True)]
     causes = {
         cause: [ratio for spec, ratio in zip(specs, ratios, strict=True) if spec.cause == cause]

@@ -21,23 +21,38 @@ def fields() -> None:
 
 def injection(result: dict[str, Any]) -> None:
     """Print spikes and shares of r."""
-    table = _table("stall and burst of embedding and layer 0", "seed", "spike (nats)", "onset", "alarm", "two peaks there", "one peak elsewhere")
+    table = _table(
+        "stall and burst of embedding and layer 0",
+        "seed",
+        "spike (nats)",
+        "onset",
+        "alarm",
+        "two peaks there",
+        "one peak elsewhere",
+    )
     for row in result["seeds"]:
         table.add_row(*(_cell(row[key]) for key in ("seed", "spike", "onset", "alarm", "two_peaks", "others_one_peak")))
-    shares = _table(f"shares of r, seed {result['seeds'][0]['seed']}", "layer", "before: left, centre, right", "at the release")
     first = result["seeds"][0]
-    for layer, share in first["before"].items():
-        shares.add_row(layer, *(" ".join(f"{part[key]:.2f}" for key in ("left", "centre", "right")) for part in (share, first["after"][layer])))
+    shares = _table(f"shares of r left, centre, right; seed {first['seed']}", "layer", "before", "at the release")
+    for layer in first["before"]:
+        shares.add_row(layer, _share(first["before"][layer]), _share(first["after"][layer]))
     note = (
-        f"{result['num_spikes_of_a_nat']} of {result['num_seeds']} spikes of 1 nat or more, median {result['median_spike_nats']}; "
-        f"two peaks in {result['num_two_peaks']}, alarm at the release in {result['num_alarms_at_release']}."
+        f"{result['num_spikes_of_a_nat']} of {result['num_seeds']} spikes of 1 nat or more, "
+        f"median {result['median_spike_nats']}; two peaks in {result['num_two_peaks']}, "
+        f"alarm at the release in {result['num_alarms_at_release']}."
     )
     show([table, shares], note)
 
 
+def _share(part: dict[str, float]) -> str:
+    return " ".join(f"{part[key]:.2f}" for key in ("left", "centre", "right"))
+
+
 def mitigation(result: dict[str, Any]) -> None:
     """Print losses by remedy."""
-    table = _table(f"mean loss, {result['num_seeds']} seeds", "remedy", "before", "largest after", "+20 steps", "+80 steps")
+    table = _table(
+        f"mean loss, {result['num_seeds']} seeds", "remedy", "before", "largest after", "+20 steps", "+80 steps"
+    )
     for arm, row in result["arms"].items():
         table.add_row(arm, *(f"{row[key]:.2f}" for key in ("before", "largest", "after_20", "after_80")))
     show([table])
@@ -45,10 +60,19 @@ def mitigation(result: dict[str, Any]) -> None:
 
 def search(result: dict[str, Any]) -> None:
     """Print what diverged by itself."""
-    table = _table(f"no injection, {result['num_seeds']} seeds", "setting", "diverging", "onsets", "largest rise (nats)", "last loss")
+    table = _table(
+        f"no injection, {result['num_seeds']} seeds",
+        "setting",
+        "diverging",
+        "onsets",
+        "largest rise (nats)",
+        "last loss",
+    )
     for row in result["settings"]:
         onsets = ", ".join(map(_cell, row["onsets"]))
-        table.add_row(row["setting"], str(row["num_diverging"]), onsets, f"{row['largest_rise_nats']:g}", f"{row['last_loss']:g}")
+        table.add_row(
+            row["setting"], str(row["num_diverging"]), onsets, f"{row['largest_rise_nats']:g}", f"{row['last_loss']:g}"
+        )
     show([table])
 
 

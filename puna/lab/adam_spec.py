@@ -78,7 +78,7 @@ class RunSpec(Section):
 
     def reference(self) -> "RunSpec":
         """The same run without what goes wrong at `start`, and with moments in fp32."""
-        calm = {key: None for key in CHANGES}
+        calm: dict[str, None] = dict.fromkeys(CHANGES)
         return self.model_copy(
             update={
                 **calm, "name": f"{self.title}-reference", "cause": "none", "tensors": (), "burst": "none",

@@ -15,7 +15,13 @@ from puna.lab.adam_spec import RunSpec
 from puna.train.config import HealthConfig
 
 RUN = ("lab/adam_run.py", "lab/adam_text.py", "lab/adam_trial.py")
-WATCHED = ("train/adam_stats.py", "train/adam_sampler.py", "train/detector.py", "train/health.py", "train/health_track.py")
+WATCHED = (
+    "train/adam_stats.py",
+    "train/adam_sampler.py",
+    "train/detector.py",
+    "train/health.py",
+    "train/health_track.py",
+)
 REMEDIES = (
     "lab/adam_arms.py", "train/clipping.py", "train/stable_adamw.py", "train/controller.py", "train/tensor_guard.py",
     "train/spike_judge.py", "train/actions.py", "train/levers.py", "train/trend.py",

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from puna.lab import adam_run
@@ -101,7 +101,8 @@ def train(
 
 def _run(trial: Trial, monitor: HealthMonitor | None, arm: Arm | None) -> str:
     """Every step once; what ended the run."""
-    for trial.step in range(trial.spec.steps):
+    for step in range(trial.spec.steps):
+        trial.step = step
         adam_run.set_step(trial.optimizer, trial.spec, trial.step)
         loss = _gradients(trial)
         if monitor:
@@ -210,7 +211,11 @@ def _recover(trial: Trial, monitor: HealthMonitor, recovery: Recovery) -> None:
 
 
 def _state(trial: Trial, monitor: HealthMonitor) -> dict[str, Any]:
-    kept = {"model": trial.model.state_dict(), "optimizer": trial.optimizer.state_dict(), "monitor": monitor.state_dict()}
+    kept = {
+        "model": trial.model.state_dict(),
+        "optimizer": trial.optimizer.state_dict(),
+        "monitor": monitor.state_dict(),
+    }
     return copy.deepcopy(kept)
 
 

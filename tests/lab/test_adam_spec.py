@@ -19,7 +19,15 @@ def written(tmp_path: Path, rows: object) -> Path:
 
 
 def test_a_file_of_runs(tmp_path: Path) -> None:
-    row = {"cause": "stall", "seed": 3, "rate": 0.03, "tensors": ["model.layers.*"], "start": 2, "length": 150, "depth": 1e-9}
+    row = {
+        "cause": "stall",
+        "seed": 3,
+        "rate": 0.03,
+        "tensors": ["model.layers.*"],
+        "start": 2,
+        "length": 150,
+        "depth": 1e-9,
+    }
     spec = read_specs(written(tmp_path, [row]))[0]
     assert (spec.title, spec.tensors, spec.depth) == ("stall-3", ("model.layers.*",), 1e-9)
 
@@ -30,7 +38,10 @@ def test_a_file_of_runs(tmp_path: Path) -> None:
         ("{", "runs.json cannot be read as JSON"),
         ({}, "runs.json holds no list of runs"),
         ([], "runs.json holds no list of runs"),
-        ([{"cause": "x"}, {"cause": "x", "rat": 1}], r"run 1, rat: Extra inputs are not permitted.*puna lab adam --fields"),
+        (
+            [{"cause": "x"}, {"cause": "x", "rat": 1}],
+            r"run 1, rat: Extra inputs are not permitted.*puna lab adam --fields",
+        ),
         ([{"rate": -1.0}], "run 0, rate: Input should be greater than 0"),
         ([{"tensors": ["*"]}], "run 0, the whole: .*a stall .* needs length"),
         ([{"seed": 1}, {"seed": 1}], "runs.json has two runs of the name none-1"),
@@ -53,7 +64,11 @@ def test_a_reference_has_nothing_that_goes_wrong() -> None:
         calm = spec.reference()
         assert not calm.tensors
         assert calm.burst == "none"
-        assert (calm.warmup_cut, calm.state_dtype, calm.rate_after, calm.beta2_after, calm.eps_after) == (False, "fp32", *[None] * 3)
+        assert (calm.warmup_cut, calm.state_dtype, calm.rate_after, calm.beta2_after, calm.eps_after) == (
+            False,
+            "fp32",
+            *[None] * 3,
+        )
         assert (calm.seed, calm.rate, calm.eps, calm.beta2) == (spec.seed, spec.rate, spec.eps, spec.beta2)
 
 
