@@ -30,8 +30,8 @@ Single tensors burst in healthy runs too (queries and keys, when attention forms
 alarms only where its update is large; what half of the tensors do at once is the coherent burst of the theory.
 
 What is normal: coordinates that never had a gradient are not counted; a tensor without any has no statistics. In the
-first 3 / (1 - b1) steps of a tensor, from its first gradient or a reset, r is +-1 by construction, so all rules on
-bursts and updates wait. For `settle` steps after `announce`, rises count half.
+first 3 / (1 - b1) steps of a tensor, from its first gradient or a reset, r is +-1 by construction and gradients are
+alike, so all rules wait but stall, floor and nonfinite. For `settle` steps after `announce`, rises count half.
 """
 
 from collections import deque
@@ -315,7 +315,7 @@ class Detector:
             "jump": watch(u_rms, settled, jump, config.u_rms),
             "stall": watch(found["stall"], active, config.stall / found["stall"], config.stall),
             "floor": watch(found["below_eps"], active, found["below_eps"] / config.below_eps, config.below_eps),
-            "correlated": watch(lag, active, lag / config.lag_cosine, config.lag_cosine),
+            "correlated": watch(lag, settled, lag / config.lag_cosine, config.lag_cosine),
             "adrift": watch(found["descent_cosine"], settled, 1 + drift, config.descent_cosine),
             "steep": watch(steep, settled, steeper, config.stable_rms),
             "stride": _Look(
