@@ -18,9 +18,11 @@ class Limits:
     aligned: float = 0.6  # lag cosine above which a stalled tensor also goes slower
     slow: float = 0.5
     slow_steps: int = 200
+    calm_steps: int = 20  # in a row that nothing had to be held, after which a hold is over
+    usual_rate: float = 0.05  # of the running mean of the size of updates
     # level 2: a burst, seen before the update
     burst: float = 10.0  # surprise: gradient RMS over the root of the mean second moment
-    clipped: float = 5.0  # surprise above which an update is divided by it
+    dead: float = 100.0  # surprise that no living tensor has: it is a burst without any other alarm
     min_age: int = 20  # steps since a tensor's moments began
     ramp_steps: int = 50  # the rate goes from 1 / ramp_steps to 1 after a reset
     reset_share: float = 0.05  # most resets in a step, as a share of the tensors, but not below
@@ -57,6 +59,7 @@ class Symptoms:
     surprise: float  # gradient RMS / sqrt(mean v^)
     stall: float  # median sqrt(v^) / the epsilon that it is updated with
     lag_cosine: float
+    ratio: float  # of the update, as it would be made, to the weights
     age: int  # steps since its moments began
     eps: float  # of its parameter group
     eps_floor: float = 0.0  # that its dtype allows

@@ -159,10 +159,11 @@ def load(run: Path, state: State, step: int | None = None) -> Manifest:
             item.set(manifest.json[name])
         elif isinstance(item, Rows):
             item.store.restore(manifest.rows[name])
-    _load_tensors(run, manifest, _flat(state), "", left=ASIDE - state.keys())
-    for item in state.values():
+    tensors = {name: item.get() for name, item in state.items() if isinstance(item, Tensors)}
+    _load_tensors(run, manifest, _named(tensors), "", left=ASIDE - state.keys())
+    for name, item in state.items():
         if isinstance(item, Tensors):
-            item.set(item.get())
+            item.set(tensors[name])
     return manifest
 
 
@@ -220,12 +221,11 @@ def _take_lock(file: Any) -> str | None:
 
 
 def _flat(state: State) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": tensor
-        for name, item in state.items()
-        if isinstance(item, Tensors)
-        for key, tensor in item.get().items()
-    }
+    return _named({name: item.get() for name, item in state.items() if isinstance(item, Tensors)})
+
+
+def _named(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for name, group in tensors.items() for key, tensor in group.items()}
 
 
 def everywhere(group: dist.ProcessGroup | None, problem: str, act: Callable[[], T]) -> list[T]:

@@ -20,8 +20,8 @@ from puna.train.levers import Levers
 from puna.train.spike_judge import SpikeJudge
 from puna.train.tensor_guard import TensorGuard
 
-RAMPED = {"jump"}
-"""Rules of the detector whose alarm takes the rate of a tensor back; bursts have limits of their own."""
+TOGETHER = {"surge", "lurch", "leap", "chorus"}
+"""Rules of the detector on what half of the tensors do at once."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ def limits_of(config: HealthConfig) -> Limits:
     """The bounds that the settings come to."""
     return Limits(
         burst=config.surprise,
-        clipped=config.surprise / 2,
         stall=config.stall,
         aligned=config.lag_cosine,
         loss_z=config.loss_z,
@@ -147,12 +146,13 @@ def most_held(config: HealthConfig, every: int) -> int:
 
 def _symptoms(reading: Reading, tensors: Sequence[Watched]) -> dict[str, Symptoms]:
     """Of each tensor that has something to tell."""
-    columns = [reading.statistics[name].tolist() for name in ("surprise", "stall", "lag_cosine")]
+    columns = [reading.statistics[name].tolist() for name in ("surprise", "stall", "lag_cosine", "update_ratio")]
     watched = {tensor.name: tensor for tensor in tensors}
     found: dict[str, Symptoms] = {}
-    for name, surprise, stall, lag, age in zip(reading.names, *columns, reading.ages.tolist(), strict=True):
+    for name, surprise, stall, lag, ratio, age in zip(reading.names, *columns, reading.ages.tolist(), strict=True):
         if not math.isnan(surprise) and name in watched:
-            found[name] = Symptoms(surprise, stall, lag, age, watched[name].group["eps"], _eps_floor(watched[name]))
+            eps, floor = watched[name].group["eps"], _eps_floor(watched[name])
+            found[name] = Symptoms(surprise, stall, lag, ratio, age, eps, floor)
     return found
 
 
@@ -162,10 +162,10 @@ def _eps_floor(tensor: Watched) -> float:
 
 
 def _alarmed(reading: Reading) -> list[str]:
-    """Tensors that raise the alarm in this very step, with an update that is no burst."""
-    if reading.status.score < 1:
-        return []
-    return [evidence.tensor for evidence in reading.status.evidence if evidence.rule in RAMPED]
+    """Tensors that raise the alarm in this very step; all of them where it is what half of them do at once."""
+    alarms = [evidence for evidence in reading.status.evidence if evidence.level == "alarm"]
+    together = any(not alarm.tensor and alarm.rule in TOGETHER for alarm in alarms)
+    return list(reading.names) if together else sorted({alarm.tensor for alarm in alarms if alarm.tensor})
 
 
 def _by_optimizer(tensors: Sequence[Watched]) -> dict[Optimizer, dict[str, torch.nn.Parameter]]:

@@ -70,7 +70,10 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Tensors:
-    """State in torch DCP: `get` gives the live tensors by name, which are loaded in place; then `set` is called."""
+    """State in torch DCP: `get` gives tensors by name, into which a load copies; `set` is then called with them.
+
+    Where they are the live ones, there is nothing to set.
+    """
 
     get: Callable[[], dict[str, Tensor]]
     set: Callable[[dict[str, Tensor]], None] = lambda tensors: None

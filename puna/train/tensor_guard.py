@@ -1,5 +1,6 @@
 """Levels 0 to 2 of the controller: the size of one tensor's update, its epsilon, its moments."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from math import ceil
@@ -18,6 +19,9 @@ class _Tensor:
     eps: float | None = None  # in place of the group's
     ramp_from: int | None = None  # step at which its rate began to rise
     slow_until: int = 0
+    held_from: int | None = None  # step since which its update is held to `held_size`
+    held_size: float = 0.0  # of the update, over the weights
+    calm: int = 0  # steps in a row in which nothing had to be held
 
 
 class TensorGuard:
@@ -26,26 +30,28 @@ class TensorGuard:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._tensors: dict[str, _Tensor] = {}
+        self._usual: dict[str, float] = {}  # mean logarithm of the updates over the weights, as they were applied
         self._skipped = -1  # step that was left out as a bad batch
 
     def tune(self, step: int, symptoms: Mapping[str, Symptoms], alarmed: Collection[str] = ()) -> Plan:
         """What to do with each tensor in step `step` (1: the first), before it is taken.
 
-        alarmed: tensors whose coming update looks wrong for another reason than surprise; their rate is taken back.
+        alarmed: tensors whose coming update raises the alarm.
         """
         bursting = self._bursting(symptoms)
         everywhere = len(symptoms) > 1 and len(bursting) > self.limits.bad_batch_share * len(symptoms)
         if everywhere and self._skipped != step - 1:
             self._skipped = step
             return Plan(skip=True, records=(self._bad_batch(step, len(bursting), len(symptoms)),))
-        resets = list(symptoms) if everywhere else bursting[: self._most_resets(len(symptoms))]
+        resets = list(symptoms) if everywhere else self._to_reset(bursting, symptoms, alarmed)
         others = {name: symptom for name, symptom in symptoms.items() if name not in resets}
         records = [self._reset(step, name, symptoms[name]) for name in resets]
         records += self._stalls(step, others)
-        records += [self._ramp(step, name) for name in alarmed if name in others and self._may_ramp(step, name)]
-        clips = {name: self._clip_rate(symptom) for name, symptom in others.items() if self._is_clipped(symptom)}
+        records += [self._hold(step, name, others[name]) for name in alarmed if name in others and self._may_hold(name)]
+        clips = {name: self._clip_rate(others[name]) for name in bursting if name in others}
         records += [self._clip(step, name, others[name], rate) for name, rate in clips.items()]
-        knobs = {name: self._knobs(step, name, clips.get(name, 1.0)) for name in {**self._tensors, **clips}}
+        knobs = {name: self._knobs(step, name, symptom, clips) for name, symptom in symptoms.items()}
+        self._learn(others, knobs)
         self._forget(step)
         changed = {name: knob for name, knob in knobs.items() if knob != Knobs()}
         return Plan(resets=tuple(resets), knobs=changed, records=tuple(records))
@@ -57,11 +63,12 @@ class TensorGuard:
 
     def state(self) -> dict[str, Any]:
         """For the manifest."""
-        return {"skipped": self._skipped, "tensors": {name: asdict(tensor) for name, tensor in self._tensors.items()}}
+        tensors = {name: asdict(tensor) for name, tensor in self._tensors.items()}
+        return {"skipped": self._skipped, "usual": self._usual, "tensors": tensors}
 
     def restore(self, state: dict[str, Any]) -> None:
         """From the manifest."""
-        self._skipped = state["skipped"]
+        self._skipped, self._usual = state["skipped"], dict(state["usual"])
         self._tensors = {name: _Tensor(**tensor) for name, tensor in state["tensors"].items()}
 
     # --- level 2: bursts ---
@@ -75,8 +82,10 @@ class TensorGuard:
         ]
         return [name for _, name in sorted(found)]
 
-    def _most_resets(self, num_tensors: int) -> int:
-        return max(self.limits.min_resets, ceil(self.limits.reset_share * num_tensors))
+    def _to_reset(self, bursting: list[str], symptoms: Mapping[str, Symptoms], alarmed: Collection[str]) -> list[str]:
+        """Of those that burst, not too many, where the alarm or the size of the burst leaves no doubt."""
+        sure = [name for name in bursting if name in alarmed or symptoms[name].surprise > self.limits.dead]
+        return sure[: max(self.limits.min_resets, ceil(self.limits.reset_share * len(symptoms)))]
 
     def _bad_batch(self, step: int, num_bursting: int, num_tensors: int) -> dict[str, Any]:
         return action(
@@ -90,8 +99,8 @@ class TensorGuard:
         )
 
     def _reset(self, step: int, name: str, symptom: Symptoms) -> dict[str, Any]:
-        tensor = self._tensor(name)
-        tensor.ramp_from, tensor.stalled = step, 0
+        self._tensors[name] = _Tensor(eps=self._tensor(name).eps, ramp_from=step)
+        self._usual.pop(name, None)
         return action(
             step,
             2,
@@ -106,7 +115,7 @@ class TensorGuard:
             after=ramp(0, self.limits.ramp_steps),
         )
 
-    # --- level 1: stalls, and updates that look wrong ---
+    # --- level 1: stalls ---
 
     def _stalls(self, step: int, symptoms: Mapping[str, Symptoms]) -> Records:
         """Count the steps that epsilon damps each tensor; lower the epsilon of those that it damps for long."""
@@ -154,28 +163,49 @@ class TensorGuard:
             eps = max(floor, eps * self.limits.eps_factor)
         return eps
 
-    def _may_ramp(self, step: int, name: str) -> bool:
-        return name not in self._tensors or self._tensors[name].ramp_from is None
+    # --- level 1: updates that raise the alarm ---
 
-    def _ramp(self, step: int, name: str) -> dict[str, Any]:
-        self._tensor(name).ramp_from = step
+    def _may_hold(self, name: str) -> bool:
+        return name in self._usual and self._tensor(name).held_from is None
+
+    def _hold(self, step: int, name: str, symptom: Symptoms) -> dict[str, Any]:
+        tensor, size = self._tensor(name), math.exp(self._usual[name])
+        tensor.held_from, tensor.held_size, tensor.calm = step, size, 0
         return action(
             step,
             1,
-            "ramp",
-            f"its coming update raised the alarm: the rate begins anew and rises over {self.limits.ramp_steps} steps",
+            "hold",
+            f"its coming update raises the alarm: updates are held to their usual size of {size:.3g} of the weights, "
+            f"which may double every {self.limits.ramp_steps} steps",
             tensor=name,
-            statistic="alarm",
-            value=1.0,
-            threshold=1.0,
+            statistic="update_ratio",
+            value=symptom.ratio,
+            threshold=size,
             before=1.0,
-            after=ramp(0, self.limits.ramp_steps),
+            after=min(1.0, size / symptom.ratio),
         )
 
-    # --- level 0: a large update is made smaller ---
+    def _held_rate(self, step: int, name: str, symptom: Symptoms, rate: float) -> float:
+        """Factor of an update that is to be made at `rate` times its own size; ends the hold where it is 1 for long."""
+        tensor = self._tensors.get(name)
+        if not tensor or tensor.held_from is None or math.isnan(symptom.ratio):
+            return 1.0
+        allowed = tensor.held_size * 2 ** ((step - tensor.held_from) / self.limits.ramp_steps)
+        factor = min(1.0, allowed / (symptom.ratio * rate)) if symptom.ratio else 1.0
+        tensor.calm = tensor.calm + 1 if factor == 1.0 else 0
+        if tensor.calm >= self.limits.calm_steps:
+            tensor.held_from, tensor.held_size, tensor.calm = None, 0.0, 0
+        return factor
 
-    def _is_clipped(self, symptom: Symptoms) -> bool:
-        return symptom.surprise > self.limits.clipped and symptom.age > self.limits.min_age
+    def _learn(self, symptoms: Mapping[str, Symptoms], knobs: Mapping[str, Knobs]) -> None:
+        """Move what is usual towards what is applied; innovations are cut at a factor 2."""
+        for name, symptom in symptoms.items():
+            if symptom.age > self.limits.min_age and symptom.ratio > 0:
+                newest = math.log(symptom.ratio * knobs[name].rate)
+                usual = self._usual.setdefault(name, newest)
+                self._usual[name] = usual + self.limits.usual_rate * max(-math.log(2), min(math.log(2), newest - usual))
+
+    # --- level 0: a large update is made smaller ---
 
     def _clip_rate(self, symptom: Symptoms) -> float:
         return max(1 / symptom.surprise, 1 / self.limits.ramp_steps)
@@ -185,22 +215,23 @@ class TensorGuard:
             step,
             0,
             "clip",
-            "its update is divided by its surprise",
+            "its gradient is larger than its second moment expects: the update is divided by that",
             tensor=name,
             statistic="surprise",
             value=symptom.surprise,
-            threshold=self.limits.clipped,
+            threshold=self.limits.burst,
             before=1.0,
             after=rate,
         )
 
     # --- what follows for a step ---
 
-    def _knobs(self, step: int, name: str, clip_rate: float) -> Knobs:
+    def _knobs(self, step: int, name: str, symptom: Symptoms, clips: Mapping[str, float]) -> Knobs:
         tensor = self._tensors.get(name, _Tensor())
-        rate = 1.0 if tensor.ramp_from is None else ramp(step - tensor.ramp_from, self.limits.ramp_steps)
-        slow = self.limits.slow if step < tensor.slow_until else 1.0
-        return Knobs(rate * slow * clip_rate, tensor.eps)
+        rate = clips.get(name, 1.0)
+        rate *= 1.0 if tensor.ramp_from is None else ramp(step - tensor.ramp_from, self.limits.ramp_steps)
+        rate *= self.limits.slow if step < tensor.slow_until else 1.0
+        return Knobs(rate * self._held_rate(step, name, symptom, rate), tensor.eps)
 
     def _tensor(self, name: str) -> _Tensor:
         return self._tensors.setdefault(name, _Tensor())

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from puna.train.task import Cursor, GradientTask
 
 TOKENS = 16
 LIMITS = Limits(
-    good_after=20, margin=5, min_losses=20, wait=8, slope_steps=3, rate_steps=20, ramp_steps=10, again_steps=200, min_age=5
+    good_after=20,
+    margin=5,
+    min_losses=20,
+    wait=8,
+    slope_steps=3,
+    rate_steps=20,
+    ramp_steps=10,
+    again_steps=200,
+    min_age=5,
 )
 """The controller's, for runs of a hundred steps."""
 
@@ -31,13 +40,13 @@ STALLED = ("model.0.weight", "model.0.bias")
 class Guarded(GradientTask):
     """Regression with faults: `nan` and `wild` name data by position (in units of TOKENS), `stall` steps.
 
-    nan: units whose targets are not finite. wild: units whose targets are far off. stall: (first, after the last) step in
+    nan: units whose targets are not finite. wild: units whose targets are far off. stall: (first, last + 1) step in
     which the gradients of STALLED are made tiny.
     """
 
     def __init__(
         self,
-        num_units: int = 100,
+        num_units: int = 80,
         *,
         sharded: bool = False,
         nan: tuple[int, ...] = (),
@@ -46,6 +55,7 @@ class Guarded(GradientTask):
         act: bool = True,
         lr: float = 1e-2,
         limits: Limits = LIMITS,
+        clip: float = 1.0,
         **settings: Any,
     ) -> None:
         self.num_units, self.nan, self.wild, self.stall = num_units, nan, wild, stall
@@ -58,7 +68,7 @@ class Guarded(GradientTask):
         super().__init__(
             {"model": model},
             {"adamw": optimizer},
-            clip=1.0,
+            clip=clip,
             average=Average({"model": model}, "mean"),
             health=HealthConfig(act=act, record_every=10),
             limits=limits,
@@ -93,7 +103,7 @@ class Guarded(GradientTask):
         return {"total_tokens": TOKENS * self.num_units}
 
 
-def config(every: int = 5, **more: Any) -> LoopConfig:
+def config(every: int = 10, **more: Any) -> LoopConfig:
     return LoopConfig(
         run=RunConfig(seed=1, device="cpu", tensorboard=False),
         checkpoint=CheckpointConfig(every=every, **more),
@@ -103,7 +113,7 @@ def config(every: int = 5, **more: Any) -> LoopConfig:
 
 def weights(task: GradientTask) -> list[float]:
     """All weights and moments, whole."""
-    tensors = [p for p in task.modules["model"].parameters()]
+    tensors = list(task.modules["model"].parameters())
     states = [tensor for p in tensors for tensor in task.optimizers["adamw"].state[p].values()]
     whole = [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in [*tensors, *states]]
     return torch.cat([tensor.detach().reshape(-1).double() for tensor in whole]).tolist()
@@ -123,7 +133,8 @@ def train(folder: str, num_units: str, kind: str, size: str) -> None:
 
 FAULTS: dict[str, dict[str, Any]] = {
     "none": {},
-    "nan": {"nan": (60,)},
-    "wild": {"wild": tuple(range(60, 80))},
-    "stall": {"stall": (20, 60), "lr": 3e-2},
+    "nan": {"nan": (45,)},
+    "wild": {"wild": tuple(range(45, 54))},
+    "stall": {"stall": (1, 31), "lr": 3e-2},
+    "frozen": {"stall": (1, 80), "limits": replace(LIMITS, stall_steps=20)},
 }

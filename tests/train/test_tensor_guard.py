@@ -1,6 +1,7 @@
 """Levels 0 to 2: what is done to single tensors, from their symptoms."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from puna.train.actions import Knobs, Limits, Plan, Symptoms, ramp
 from puna.train.tensor_guard import TensorGuard
 
-CALM = Symptoms(surprise=1.0, stall=1e3, lag_cosine=0.1, age=500, eps=1e-8)
+CALM = Symptoms(surprise=1.0, stall=1e3, lag_cosine=0.1, ratio=1e-3, age=500, eps=1e-8)
 NAMES = [f"layer {i}" for i in range(20)]
 
 
@@ -23,13 +24,16 @@ def burst(surprise: float, **more: float) -> Symptoms:
 def test_nothing_is_done_to_a_healthy_tensor() -> None:
     guard = TensorGuard(Limits())
     for step in range(1, 200):
-        assert guard.tune(step, calm(layer_3=burst(4.9))) == Plan()
-    assert guard.state() == {"skipped": -1, "tensors": {}}
+        assert guard.tune(step, calm(layer_3=burst(9.9))) == Plan()
+    assert guard.state()["tensors"] == {}
+    assert guard.state()["usual"] == pytest.approx(dict.fromkeys(NAMES, math.log(1e-3)))
 
 
-def test_a_burst_resets_its_tensor_and_the_rate_rises_again() -> None:
+@pytest.mark.parametrize(("surprise", "alarmed"), [(101.0, []), (10.5, ["layer 3"])])
+def test_a_burst_resets_its_tensor_and_the_rate_rises_again(surprise: float, alarmed: list[str]) -> None:
+    """Where nothing else raises the alarm, only one that no living tensor has."""
     guard = TensorGuard(Limits())
-    plan = guard.tune(100, calm(layer_3=burst(10.5)))
+    plan = guard.tune(100, calm(layer_3=burst(surprise)), alarmed)
     assert plan.resets == ("layer 3",)
     assert plan.knobs == {"layer 3": Knobs(1 / 50)}
     (record,) = plan.records
@@ -39,22 +43,22 @@ def test_a_burst_resets_its_tensor_and_the_rate_rises_again() -> None:
         "action": "reset",
         "tensor": "layer 3",
         "statistic": "surprise",
-        "value": 10.5,
+        "value": surprise,
         "threshold": 10.0,
     }
     assert (record["before"], record["after"]) == (1.0, 1 / 50)
-    assert "10.5 times what its second moment expects" in record["reason"]
+    assert f"{surprise:.3g} times what its second moment expects" in record["reason"]
     rates = [guard.tune(step, calm()).knobs.get("layer 3", Knobs()).rate for step in range(101, 152)]
     assert rates == [ramp(since, 50) for since in range(1, 52)]
     assert guard.state()["tensors"] == {}, "it is over and forgotten"
 
 
-@pytest.mark.parametrize("surprise", [5.1, 10.0])
-def test_a_smaller_surprise_makes_one_update_smaller(surprise: float) -> None:
+@pytest.mark.parametrize(("surprise", "rate"), [(10.5, 1 / 10.5), (99.0, 1 / 50)])
+def test_a_smaller_burst_makes_one_update_smaller(surprise: float, rate: float) -> None:
     plan = TensorGuard(Limits()).tune(100, calm(layer_3=burst(surprise)))
     assert plan.resets == ()
-    assert plan.knobs == {"layer 3": Knobs(1 / surprise)}
-    assert [(record["action"], record["level"]) for record in plan.records] == [("clip", 0)]
+    assert plan.knobs == {"layer 3": Knobs(rate)}
+    assert [(record["action"], record["level"], record["after"]) for record in plan.records] == [("clip", 0, rate)]
 
 
 def test_a_young_tensor_is_left_alone() -> None:
@@ -63,11 +67,11 @@ def test_a_young_tensor_is_left_alone() -> None:
 
 
 def test_resets_of_one_step_are_bounded_and_the_rest_is_clipped() -> None:
-    many = {name: burst(20.0 + i) for i, name in enumerate(NAMES[:10])}
+    many = {name: burst(200.0 + i) for i, name in enumerate(NAMES[:10])}
     plan = TensorGuard(Limits()).tune(100, calm() | many)
     assert plan.resets == tuple(f"layer {i}" for i in range(9, 1, -1)), "the most surprised first"
-    assert plan.knobs["layer 0"] == Knobs(1 / 20)
-    large = {f"x {i}": CALM for i in range(1000)} | {f"x {i}": burst(20.0) for i in range(90)}
+    assert plan.knobs["layer 0"] == Knobs(1 / 50)
+    large = {f"x {i}": CALM for i in range(1000)} | {f"x {i}": burst(200.0) for i in range(90)}
     assert len(TensorGuard(Limits()).tune(100, large).resets) == 50
 
 
@@ -81,10 +85,51 @@ def test_a_burst_everywhere_is_a_bad_batch_once_and_then_resets_all() -> None:
     second = guard.tune(101, everywhere)
     assert not second.skip
     assert set(second.resets) == set(NAMES)
-    assert (
-        TensorGuard(Limits()).tune(100, {name: burst(11.0) if i < 10 else CALM for i, name in enumerate(NAMES)}).skip
-        is False
+    half = {name: burst(11.0) if i < 10 else CALM for i, name in enumerate(NAMES)}
+    assert not TensorGuard(Limits()).tune(100, half).skip
+
+
+def test_an_update_that_raises_the_alarm_is_held_to_its_usual_size() -> None:
+    guard, large = TensorGuard(Limits()), replace(CALM, ratio=0.03)
+    for step in range(1, 100):
+        guard.tune(step, calm())
+    plan = guard.tune(100, calm(layer_3=large), ["layer 3"])
+    assert plan.knobs == {"layer 3": Knobs(pytest.approx(1 / 30))}
+    (record,) = plan.records
+    assert (record["level"], record["action"], record["statistic"], record["value"]) == (
+        1,
+        "hold",
+        "update_ratio",
+        0.03,
     )
+    assert record["threshold"] == pytest.approx(1e-3)
+    assert record["after"] == pytest.approx(1 / 30)
+    later = {step: guard.tune(step, calm(layer_3=large), ["layer 3"]) for step in range(101, 151)}
+    assert not any(plan.records for plan in later.values()), "it is held already"
+    assert later[125].knobs["layer 3"].rate == pytest.approx(2**0.5 / 30)
+    assert later[150].knobs["layer 3"].rate == pytest.approx(2 / 30), "what is allowed doubles in fifty steps"
+    assert all(guard.tune(step, calm()) == Plan() for step in range(151, 171))
+    assert guard.tune(171, calm(layer_3=large)) == Plan(), "after twenty calm steps it is over"
+
+
+def test_what_is_usual_is_what_was_applied_and_moves_slowly() -> None:
+    guard, large = TensorGuard(Limits()), replace(CALM, ratio=0.03)
+    for step in range(1, 11):
+        guard.tune(step, {"a": CALM})
+    for step in range(11, 16):
+        guard.tune(step, {"a": large})
+    assert guard.state()["usual"]["a"] == pytest.approx(math.log(1e-3) + 5 * 0.05 * math.log(2))
+    held = guard.tune(16, {"a": large}, ["a"])
+    size = 1e-3 * 2**0.25
+    assert held.knobs["a"].rate == pytest.approx(size / 0.03)
+    assert guard.state()["usual"]["a"] == pytest.approx(math.log(size)), "the held update is no news"
+
+
+def test_a_tensor_whose_usual_size_is_not_known_is_not_held() -> None:
+    unknown = replace(CALM, ratio=math.nan)
+    guard = TensorGuard(Limits())
+    assert guard.tune(100, {"a": unknown}, ["a"]) == Plan()
+    assert guard.state()["usual"] == {}
 
 
 def test_a_stall_lowers_epsilon_after_fifty_steps() -> None:
@@ -134,21 +179,19 @@ def test_an_aligned_stall_is_slowed_for_a_while() -> None:
     assert rates[250] == 1.0
 
 
-def test_an_alarm_that_is_no_burst_takes_the_rate_back_once() -> None:
-    guard = TensorGuard(Limits())
-    assert guard.tune(100, calm(), ["layer 3"]).knobs == {"layer 3": Knobs(1 / 50)}
-    assert guard.tune(101, calm(), ["layer 3"]).knobs == {"layer 3": Knobs(2 / 50)}, "it is rising already"
-
-
 def test_a_state_in_the_middle_goes_on_the_same() -> None:
     guard, other = TensorGuard(Limits()), TensorGuard(Limits())
 
     def symptoms(step: int) -> dict[str, Symptoms]:
-        odd = {"layer 1": burst(30.0)} if step == 60 else {}
+        odd = {"layer 1": burst(300.0)} if step == 60 else {"layer 4": replace(CALM, ratio=0.5)} if step > 60 else {}
         return calm(layer_2=replace(CALM, stall=0.5, lag_cosine=0.9)) | odd
 
+    def alarmed(step: int) -> list[str]:
+        return ["layer 4"] if step == 65 else []
+
     for step in range(1, 75):
-        guard.tune(step, symptoms(step))
+        guard.tune(step, symptoms(step), alarmed(step))
+    assert all(guard.state()["tensors"][f"layer {i}"] for i in (1, 2, 4))
     other.restore(json.loads(json.dumps(guard.state())))
     for step in range(75, 300):
         assert guard.tune(step, symptoms(step)) == other.tune(step, symptoms(step))
