@@ -12,7 +12,7 @@ from puna.errors import DataError
 from puna.lab import adam_text
 from puna.lab.adam_spec import RunSpec
 from puna.llama.config import LlamaConfig
-from puna.llama.model import Llama
+from puna.llama.model import Block, Llama
 from puna.train.stable_adamw import StableAdamW
 
 NUM_HEADS = 4
@@ -60,11 +60,12 @@ def build(spec: RunSpec) -> Llama:
     model = Llama(config)
     model.init_weights(spec.seed)
     for block in model.model.layers.values():
+        assert isinstance(block, Block)
         if spec.rank:
-            block.mlp.down_proj = LowRank(block.mlp.down_proj, spec.rank, spec.seed)
+            block.mlp.add_module("down_proj", LowRank(block.mlp.down_proj, spec.rank, spec.seed))
         if spec.adapter != "none":
             gate = 1.0 if spec.adapter == "training" else 0.0
-            block.self_attn.q_proj = Adapted(block.self_attn.q_proj, gate, spec.seed)
+            block.self_attn.add_module("q_proj", Adapted(block.self_attn.q_proj, gate, spec.seed))
     for name in matching(model, spec.frozen):
         model.get_parameter(name).requires_grad_(False)
     return model
