@@ -69,9 +69,9 @@ def heat_map(found: Watched, key: str) -> str:
     below = "".join(_word(axis(x), bottom + 18, number_text(x)) for x in pace)
     told = _map_words(found, key, lines)
     return (
-        f'<figure><svg viewBox="0 0 {WIDTH} {bottom + 26:.0f}" role="img" aria-label="{escape(told)}">'
+        f'<figure><div class="map"><svg viewBox="0 0 {WIDTH} {bottom + 26:.0f}" role="img" aria-label="{escape(told)}">'
         f"{_ribbon(found, axis)}{cells}{names}{below}{_lines(marks(found), axis, bottom)}"
-        f'<g class="hover">{"".join(_hover(values, columns, axis, bottom))}</g></svg>'
+        f'<g class="hover">{"".join(_hover(values, columns, axis, bottom))}</g></svg></div>'
         f"<figcaption>{_legend(key, limit)}<span class='unit'>worst tensor of each layer, by step</span></figcaption>"
         f'</figure><p class="note">{escape(told)}</p>'
     )
@@ -154,7 +154,7 @@ def _legend(key: str, limit: float) -> str:
         for level in range(len(edges))
     )
     side = "≥" if statistic.rises else "≤"
-    words = f"{short(statistic.calm)} · limit {short(limit)} · {side} {short(statistic.at(edges[-1], limit))}"
+    words = f"{statistic.calm:.2g} · limit {short(limit)} · {side} {statistic.at(edges[-1], limit):.2g}"
     states = "".join(
         f'<span class="key"><svg viewBox="0 0 14 12" aria-hidden="true"><rect class="state-{state}" width="14" '
         f'height="12"/></svg> {state}</span>'

@@ -59,7 +59,7 @@ MEANING = {
 }
 
 LET_IT_ACT = (
-    "Let the controller act (`[health] act = true`; a drop-in: HealthConfig(act=True)): it lowers ε, resets a tensor "
+    "Let the controller act ([health] act = true; in a drop-in HealthConfig(act=True)): it lowers ε, resets a tensor "
     "with a ramp and clips its update, each bounded and recorded."
 )
 REMEDIES: tuple[tuple[frozenset[str], str], ...] = (
@@ -162,7 +162,7 @@ def require(found: Watched, folder: str, any_event: bool) -> None:
         )
     raise DataError(
         f"{folder} has no health records: it was made with the monitor off, or by a version without it",
-        "Train with `[health] on = true` (the default), or add the drop-in; see docs/health.md.",
+        "Train with [health] enabled = true, which is the default, or add the drop-in; see docs/health.md.",
     )
 
 

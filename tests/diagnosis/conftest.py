@@ -12,20 +12,20 @@ from puna.llama.model import Llama
 from puna.train.config import HealthConfig
 from puna.train.health import HealthMonitor
 
-BATCH, LENGTH = 8, 32
+BATCH, LENGTH = 8, 16
 STALL = range(100)  # steps in which the first layers get next to no gradient
 
 
 @pytest.fixture(scope="session")
 def stalled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """180 steps; the embedding and the first two layers stall, and get their gradients back at step 101."""
-    return train(tmp_path_factory.mktemp("health") / "stalled", 180, STALL)
+    """150 steps; the embedding and the first two layers stall, and get their gradients back at step 101."""
+    return train(tmp_path_factory.mktemp("health") / "stalled", 150, STALL)
 
 
 @pytest.fixture(scope="session")
 def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 steps without trouble."""
-    return train(tmp_path_factory.mktemp("health") / "quiet", 80, range(0))
+    """60 steps without trouble."""
+    return train(tmp_path_factory.mktemp("health") / "quiet", 60, range(0))
 
 
 def train(folder: Path, num_steps: int, stall: range) -> Path:

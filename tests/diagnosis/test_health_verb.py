@@ -25,7 +25,7 @@ def puna(monkeypatch, capsys):
 def test_the_diagnosis_is_printed(puna, stalled):
     status, out, _ = puna("health", stalled)
     assert status == 0
-    assert f"{stalled}: Alarm at step 101 of 180" in out
+    assert f"{stalled}: Alarm at step 101 of 150" in out
     order = (
         "What came first",
         "Which layers",

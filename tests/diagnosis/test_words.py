@@ -32,7 +32,7 @@ def test_a_run_that_stalled_is_told_from_its_first_layer_on(stalled):
     assert diagnosis.state == "alarm"
     assert (before.state, stall.statistic, turn.step, whole.tensor) == ("watch", "stall", 101, "")
     assert tensor.layer in STALLED
-    assert "Alarm at step 101 of 180, first in " in diagnosis.headline
+    assert "Alarm at step 101 of 150, first in " in diagnosis.headline
     assert {layer for layer, _ in diagnosis.layers} == STALLED
     assert diagnosis.meaning[:2] == [MEANING["stall"], MEANING["burst"]]
     assert diagnosis.remedies[0].startswith("Look: hold step 101 against the data")
