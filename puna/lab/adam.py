@@ -25,6 +25,7 @@ STALLED_LAYERS = ("embedding", "layer 0")
 RELEASE = 300
 AROUND = 20  # steps before and after the release that are compared
 CENTRE, SIDE = 0.2, 0.5  # abs(r) of the middle peak, and beyond which a coordinate is in a side peak
+PEAK = 0.2  # share of the coordinates that makes a peak
 NEVER_FALLS = 1e6
 
 
@@ -104,11 +105,12 @@ def _shares(counts: Sequence[int]) -> dict[str, float]:
 
 
 def _is_one_peak(share: dict[str, float]) -> bool:
-    return share["centre"] > max(share["left"], share["right"])
+    return share["centre"] > PEAK > max(share["left"], share["right"])
 
 
 def _is_two_peaks(share: dict[str, float]) -> bool:
-    return share["centre"] < min(share["left"], share["right"])
+    """Of the embedding, rows of characters that the batch does not have stay in the middle."""
+    return min(share["left"], share["right"]) > PEAK
 
 
 # --- mitigation -------------------------------------------------------------------------------------------------------

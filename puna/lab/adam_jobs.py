@@ -10,14 +10,14 @@ ARMS = ("nothing", "clip", "zclip", "stable_adamw", "controller")
 """Of the table of rescues."""
 
 
+PLAIN = {"clip": adam_arms.Remedy({}, adam_arms.Clip), "zclip": adam_arms.Remedy({}, adam_arms.ZClipped)}
+
+
 def do(job: Job) -> dict[str, Any]:
     """Train the run of a job; its figures."""
-    if job.arm in adam_arms.MITIGATIONS:
-        remedy = adam_arms.MITIGATIONS[job.arm]
-        spec = job.spec.model_copy(update=remedy.settings)
-        health = HealthConfig(**({"act": True} if remedy.act else {}) | job.health) if job.watch or remedy.act else None
-        return adam_trial.train(spec, health=health, arm=remedy.arm) | {"arm": job.arm}
-    plain = {"clip": adam_arms.Clip, "zclip": adam_arms.ZClipped}.get(job.arm)
-    health = HealthConfig(**job.health) if job.watch else None
+    remedy = (adam_arms.MITIGATIONS | PLAIN).get(job.arm, adam_arms.Remedy({}))
+    acts = {"act": True} if remedy.act else {}
+    health = HealthConfig(**acts | job.health) if job.watch or remedy.act else None
     make = adam_run.make_stable if job.arm == "stable_adamw" else adam_run.make_optimizer
-    return adam_trial.train(job.spec, health=health, arm=plain, optimizer=make) | {"arm": job.arm}
+    spec = job.spec.model_copy(update=remedy.settings)
+    return adam_trial.train(spec, health=health, arm=remedy.arm, optimizer=make) | {"arm": job.arm}
