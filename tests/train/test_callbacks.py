@@ -187,3 +187,25 @@ def test_a_spike_stops_the_training_and_it_goes_on_from_before(tmp_path):
     assert seen.rates[first + 5] == pytest.approx(0.7 * RATE)
     assert seen.rates[first + 5] < seen.rates[79] < seen.rates[80] <= RATE  # on the way back
     assert again.optimizer.param_groups[0]["lr"] == RATE
+
+
+@pytest.mark.slow
+def test_a_resumed_training_has_the_records_of_one_that_was_not_interrupted(tmp_path):
+    from puna.train.callbacks.hugging_face import HealthCallback
+
+    def train(folder, output, **resume):
+        trainer = trainer_for(output, max_steps=90, save_strategy="steps", save_steps=50)
+        trainer.add_callback(HealthCallback(trainer, folder, HealthConfig(record_every=5)))
+        trainer.train(**resume)
+        return [
+            {key: value for key, value in event.items() if key != "time"}
+            for event in read_events(folder / "events.jsonl", [])
+            if event["event"] != "health_start" and event["step"] > 50
+        ]
+
+    whole = train(tmp_path / "whole", tmp_path / "out")
+    resumed = train(
+        tmp_path / "resumed", tmp_path / "out", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-50")
+    )
+    assert len(whole) > 10
+    assert resumed == whole
