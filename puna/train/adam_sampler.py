@@ -29,8 +29,8 @@ from puna.train.adam_stats import (
 )
 from puna.train.optim import local
 
-ELEMENTS = {"cpu": 1 << 16}  # coordinates that are looked at together: on a CPU what its cache holds
-MOST_ELEMENTS = 1 << 22
+ELEMENTS = {"cpu": (1 << 15) - 1}  # looked at together: on a CPU so few that PyTorch wakes no other thread
+MOST_ELEMENTS = {"cpu": (1 << 15) - 1}  # looked at together: on a CPU so few that PyTorch wakes no other thread
 EpsOf = Callable[[str, float], float]
 """The epsilon that a tensor is updated with, from its name and its group's."""
 
@@ -148,21 +148,21 @@ class Sampler:
 
     def _sample(self, chunk: Chunk, hyper: Hyper) -> Sample:
         """Samples of some tensors; one that has no gradient in this step holds zeros."""
-        shape = (5 if self.kind.amsgrad else 4, *chunk.previous.shape)
-        buffer = torch.zeros(shape, dtype=torch.float64, device=self.kind.device)
+        shape, device = chunk.previous.shape, self.kind.device
+        buffer = [torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(4 + self.kind.amsgrad)]
         for row, i in enumerate(chunk.at):
             gradient, index = self.tensors[i].parameter.grad, self._index[i]
             if gradient is None or gradient.is_sparse or not len(index):
                 continue
             sources = self._sources(self.tensors[i].parameter, gradient)
             for number, source in sources.items():
-                buffer[number, row, : len(index)] = _pick(source, index)
+                buffer[number][row, : len(index)] = _pick(source, index)
         scale = vars(self.optimizer).get("grad_scale")
         if scale is not None:
             buffer[0] /= scale
         if isinstance(self.optimizer, Adamax):
             buffer[2] = less_eps(buffer[2], hyper.eps)
-        g, m, v, weight, *peak = buffer.unbind()
+        g, m, v, weight, *peak = buffer
         return Sample(g, m, v, weight, chunk.previous.double(), *peak)
 
     def _sources(self, parameter: Tensor, gradient: Tensor) -> dict[int, Tensor]:

@@ -137,8 +137,8 @@ Rule = Callable[[Sample, Hyper], Moments]
 
 def adam(s: Sample, h: Hyper) -> Moments:
     """Kingma and Ba 2015, algorithm 1; with `peak` AMSGrad as torch has it."""
-    old, root = _second_moments(s, h)
-    return old, root, _first_moment(s, h) / (1 - h.beta1**h.step) / (root + h.eps)
+    old, new = _second_moments(s, h)
+    return old, new, _first_moment(s, h) / (1 - h.beta1**h.step) / (new + h.eps)
 
 
 def nadam(s: Sample, h: Hyper) -> Moments:
@@ -148,21 +148,21 @@ def nadam(s: Sample, h: Hyper) -> Moments:
     mu = h.beta1 * (1 - 0.5 * 0.96 ** (h.step * h.momentum_decay))
     mu_next = h.beta1 * (1 - 0.5 * 0.96 ** ((h.step + 1) * h.momentum_decay))
     product = h.mu_product * mu
-    old, root = _second_moments(s, h)
+    old, new = _second_moments(s, h)
     nesterov = (1 - mu) / (1 - product) * s.g + mu_next / (1 - product * mu_next) * _first_moment(s, h)
-    return old, root, nesterov / (root + h.eps)
+    return old, new, nesterov / (new + h.eps)
 
 
 def radam(s: Sample, h: Hyper) -> Moments:
     """Liu et al. 2020, algorithm 2: no second moment until its variance can be told."""
-    old, root = _second_moments(s, h)
+    old, new = _second_moments(s, h)
     correction = 1 - h.beta2**h.step
     longest = 2 / (1 - h.beta2) - 1
     length = longest - 2 * h.step * h.beta2**h.step / correction
     rectified = ((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)).clamp(min=0).sqrt()
     first = _first_moment(s, h) / (1 - h.beta1**h.step)
-    scaled = rectified * first * correction.sqrt() / (root * correction.sqrt() + h.eps)
-    return old, root, torch.where(length > 5, scaled, first)
+    scaled = rectified * first * correction.sqrt() / (new * correction.sqrt() + h.eps)
+    return old, new, torch.where(length > 5, scaled, first)
 
 
 def adamax(s: Sample, h: Hyper) -> Moments:
@@ -184,7 +184,12 @@ def _second_moments(s: Sample, h: Hyper) -> tuple[Tensor, Tensor]:
     """v^ before and the root of v^ after the update."""
     v = torch.lerp(s.g.square(), s.v, h.beta2)
     old, new = (s.v, v) if s.peak is None else (s.peak, torch.maximum(s.peak, v))
-    return old / (1 - h.beta2 ** (h.step - 1)).clamp(min=TINY), (new / (1 - h.beta2**h.step)).sqrt_()
+    return old / (1 - h.beta2 ** (h.step - 1)).clamp(min=TINY), root(new / (1 - h.beta2**h.step))
+
+
+def root(x: Tensor) -> Tensor:
+    """Square root; PyTorch's own wakes all threads for 2,048 numbers, its reciprocal does not."""
+    return x.clamp(min=TINY).rsqrt_().mul_(x)
 
 
 def rule_of(optimizer: Optimizer) -> Rule:
@@ -217,12 +222,12 @@ def sums(s: Sample, h: Hyper, rule: Rule, layers: Tensor, num_layers: int) -> tu
     broken = (s.g + s.m).add_(s.v).sum(1).isfinite().logical_not()
     for values in (s.g, s.m, s.v):
         values.nan_to_num_(0.0, 0.0, 0.0)
-    old_v, root, r = rule(s, h)
+    old_v, new, r = rule(s, h)
     r.nan_to_num_(0.0, HUGE, -HUGE)
     g2, r2, old = s.g.square(), r.square(), s.v.sign()
     seen = s.g.abs().add_(s.m.abs()).add_(s.v).sign_().sum(1)
     unseen = r.shape[1] - seen
-    below = (h.eps - root).sign_().clamp_(min=0).sum(1) - unseen
+    below = (h.eps - new).sign_().clamp_(min=0).sum(1) - unseen
     dot = torch.linalg.vecdot
     columns = [
         seen,
@@ -241,9 +246,9 @@ def sums(s: Sample, h: Hyper, rule: Rule, layers: Tensor, num_layers: int) -> tu
         dot(s.g, s.previous),
         dot(s.previous, s.previous),
         dot(s.weight, s.weight),
-        g2.div_(torch.maximum(root, h.eps).square_().clamp_(min=TINY)).sum(1),
+        g2.div_(torch.maximum(new, h.eps).square_().clamp_(min=TINY)).sum(1),
     ]
-    powers = (root / h.eps).nan_to_num_(0.0).float().view(torch.int32) >> EXPONENT_BITS
+    powers = (new / h.eps).nan_to_num_(0.0).float().view(torch.int32) >> EXPONENT_BITS
     rows = torch.arange(len(r), device=r.device)
     stall = _counts(powers - (EXPONENT_BIAS + STALL_LEAST), rows, len(r), STALL_BINS)
     stall[:, 0] -= unseen
