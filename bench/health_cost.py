@@ -5,8 +5,8 @@
 Model, batches and optimiser are those of train_throughput.py (fp32, eager). One model takes steps by turns with the
 monitor's hooks and without them, records going to a file as in a run. Per pair of steps the ratio is the CPU time of
 the process (all threads) inside the monitor's functions over that of the step without it; the bound is the mean plus
-1.96 standard errors. Memory: largest resident size of a fresh process with and without the monitor. Weights: a hash over
-all of them after some steps, in the same fresh processes.
+1.96 standard errors. Memory: largest resident size of a fresh process with and without the monitor. Weights: a hash
+over all of them after some steps, in the same fresh processes.
 """
 
 import argparse
