@@ -18,6 +18,7 @@ class Limits:
     aligned: float = 0.6  # lag cosine above which a stalled tensor also goes slower
     slow: float = 0.5
     slow_steps: int = 200
+    rise: float = 2.0  # of an update over its usual size, from which on an alarm holds it
     calm_steps: int = 20  # in a row that nothing had to be held, after which a hold is over
     usual_rate: float = 0.05  # of the running mean of the size of updates
     # level 2: a burst, seen before the update

@@ -105,6 +105,10 @@ class Controller:
         early = [step for step in steps if step <= latest] or [step for step in sorted(steps)[:1] if step < onset]
         return Target(max(early), good=False) if early else None
 
+    def passes(self, onset: int, now: int) -> int:
+        """So many steps' data after step `now` is passed over, beside that since the checkpoint that is returned to."""
+        return max(now - onset, self.limits.margin)
+
     def returned(self, numbers: dict[str, Any] | None, to: int, onset: int, now: int) -> dict[str, Any]:
         """What a controller of step `to` knew (its `numbers`), and that the run came back to it at step `now`.
 
@@ -132,7 +136,7 @@ class Controller:
             reason = f"the gradient of {bad[0]} ({len(bad)} such) is not finite: no weight changes"
             record = action(reading.step, 3, "skip", reason, statistic="num_nonfinite", value=len(bad), threshold=0)
             return Plan(skip=True, records=(record,))
-        return self._guard.tune(reading.step, _symptoms(reading, tensors), _alarmed(reading))
+        return self._guard.tune(reading.step, _symptoms(reading, tensors), _alarmed(reading), lost=self._judge.lost)
 
     def release(self) -> None:
         """Put all parameter groups back as they were; for a monitor that ends between the two hooks."""

@@ -22,7 +22,7 @@ def roll_back(
     """Make the run's newest checkpoint the one from before a setback; its manifest. Every rank calls it.
 
     cursor: after the step that ended in the setback, of `tokens` tokens. The data that was read since the checkpoint is
-    passed over, and once more as much as was read since the onset. Raises Diverged where there is no checkpoint to
+    passed over, and as much more as `Controller.passes` says. Raises Diverged where there is no checkpoint to
     return to, CheckpointError where one could not be changed.
     """
     target = mesh.from_rank_0(controller.target(complete_steps(run), setback.onset, cursor.units))
@@ -30,7 +30,7 @@ def roll_back(
         raise Diverged(
             f"step {cursor.units}: {setback.reason}; there is no checkpoint from before step {setback.onset}"
         )
-    position = cursor.position + (cursor.units - setback.onset) * tokens
+    position = cursor.position + controller.passes(setback.onset, cursor.units) * tokens
     problem = f"the run could not return to the checkpoint of step {target.step}"
     everywhere(
         None, problem, lambda: _edit(run, controller, setback, cursor, target, position) if mesh.rank() == 0 else None

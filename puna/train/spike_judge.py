@@ -64,6 +64,11 @@ class SpikeJudge:
         else:
             self._serious.append([step, step])
 
+    @property
+    def lost(self) -> bool:
+        """Whether the newest loss is far above usual ones."""
+        return bool(self._high)
+
     # --- what roll-backs leave behind ---
 
     def recovery(self, step: int) -> Recovery:

@@ -33,21 +33,25 @@ class TensorGuard:
         self._usual: dict[str, float] = {}  # mean logarithm of the updates over the weights, as they were applied
         self._skipped = -1  # step that was left out as a bad batch
 
-    def tune(self, step: int, symptoms: Mapping[str, Symptoms], alarmed: Collection[str] = ()) -> Plan:
+    def tune(
+        self, step: int, symptoms: Mapping[str, Symptoms], alarmed: Collection[str] = (), *, lost: bool = False
+    ) -> Plan:
         """What to do with each tensor in step `step` (1: the first), before it is taken.
 
-        alarmed: tensors whose coming update raises the alarm.
+        alarmed: tensors whose coming update raises the alarm. lost: the loss of this step is far above usual ones, so
+        that a burst everywhere comes from the data or from weights that are wrong already, not from Adam.
         """
         bursting = self._bursting(symptoms)
         everywhere = len(symptoms) > 1 and len(bursting) > self.limits.bad_batch_share * len(symptoms)
-        if everywhere and self._skipped != step - 1:
+        if everywhere and (lost or self._skipped != step - 1):
             self._skipped = step
-            return Plan(skip=True, records=(self._bad_batch(step, len(bursting), len(symptoms)),))
+            return Plan(skip=True, records=(self._bad_batch(step, len(bursting), len(symptoms), lost),))
         resets = list(symptoms) if everywhere else self._to_reset(bursting, symptoms, alarmed)
         others = {name: symptom for name, symptom in symptoms.items() if name not in resets}
         records = [self._reset(step, name, symptoms[name]) for name in resets]
         records += self._stalls(step, others)
-        records += [self._hold(step, name, others[name]) for name in alarmed if name in others and self._may_hold(name)]
+        rising = [name for name in alarmed if name in others and self._may_hold(name, others[name])]
+        records += [self._hold(step, name, others[name]) for name in rising]
         clips = {name: self._clip_rate(others[name]) for name in bursting if name in others}
         records += [self._clip(step, name, others[name], rate) for name, rate in clips.items()]
         knobs = {name: self._knobs(step, name, symptom, clips) for name, symptom in symptoms.items()}
@@ -87,12 +91,13 @@ class TensorGuard:
         sure = [name for name in bursting if name in alarmed or symptoms[name].surprise > self.limits.dead]
         return sure[: max(self.limits.min_resets, ceil(self.limits.reset_share * len(symptoms)))]
 
-    def _bad_batch(self, step: int, num_bursting: int, num_tensors: int) -> dict[str, Any]:
+    def _bad_batch(self, step: int, num_bursting: int, num_tensors: int, lost: bool) -> dict[str, Any]:
+        why = "and the loss is high already: the batch is left out" if lost else "the batch is left out, once"
         return action(
             step,
             2,
             "skip",
-            f"{num_bursting} of {num_tensors} tensors burst at once: the batch is left out, once",
+            f"{num_bursting} of {num_tensors} tensors burst at once, {why}",
             statistic="bursting",
             value=num_bursting / num_tensors,
             threshold=self.limits.bad_batch_share,
@@ -165,8 +170,10 @@ class TensorGuard:
 
     # --- level 1: updates that raise the alarm ---
 
-    def _may_hold(self, name: str) -> bool:
-        return name in self._usual and self._tensor(name).held_from is None
+    def _may_hold(self, name: str, symptom: Symptoms) -> bool:
+        held = name in self._tensors and self._tensors[name].held_from is not None
+        usual = math.exp(self._usual.get(name, math.inf))
+        return not held and symptom.ratio > self.limits.rise * usual
 
     def _hold(self, step: int, name: str, symptom: Symptoms) -> dict[str, Any]:
         tensor, size = self._tensor(name), math.exp(self._usual[name])

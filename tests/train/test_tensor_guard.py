@@ -125,6 +125,23 @@ def test_what_is_usual_is_what_was_applied_and_moves_slowly() -> None:
     assert guard.state()["usual"]["a"] == pytest.approx(math.log(size)), "the held update is no news"
 
 
+def test_an_update_of_usual_size_is_not_held() -> None:
+    guard = TensorGuard(Limits())
+    for step in range(1, 100):
+        guard.tune(step, calm())
+    assert guard.tune(100, calm(layer_3=replace(CALM, ratio=1.99e-3)), NAMES) == Plan()
+    assert guard.tune(101, calm(layer_3=replace(CALM, ratio=2.1e-3)), NAMES).knobs.keys() == {"layer 3"}
+
+
+def test_a_burst_everywhere_while_the_loss_is_high_comes_from_the_data() -> None:
+    guard = TensorGuard(Limits())
+    everywhere = {name: burst(11.0) for name in NAMES}
+    plans = [guard.tune(step, everywhere, lost=True) for step in range(100, 110)]
+    assert all(plan.skip for plan in plans)
+    assert "the loss is high already" in plans[0].records[0]["reason"]
+    assert set(guard.tune(110, everywhere).resets) == set(NAMES)
+
+
 def test_a_tensor_whose_usual_size_is_not_known_is_not_held() -> None:
     unknown = replace(CALM, ratio=math.nan)
     guard = TensorGuard(Limits())
