@@ -175,7 +175,7 @@ KINDS: dict[str, Callable[[Draw], dict[str, Any]]] = {
     "soft_stall": _soft_stall,
 }
 
-DIVERGING = {"stall": 14, "warmup_cut": 4, "data_burst": 5, "eps": 3, "beta2": 4}
+DIVERGING = {"stall": 10, "warmup_cut": 5, "data_burst": 6, "eps": 4, "beta2": 5}
 HEALTHY = {
     "plain": 4, "unseen_rows": 5, "frozen_layer": 4, "rate_change": 5, "batch_change": 4, "dormant_adapter": 4,
     "soft_stall": 4,

@@ -227,7 +227,7 @@ def _return(
     to: int,
     verdict: Verdict,
 ) -> None:
-    """To the state of step `to`; the batches since, and as many again as since the onset, are passed over."""
+    """To the state of step `to`; the batches since are passed over, and as many again as the controller says."""
     now = trial.step + 1
     state = copy.deepcopy(states[to])
     trial.model.load_state_dict(state["model"])
@@ -236,7 +236,7 @@ def _return(
     controller.restore(controller.returned(state["monitor"]["numbers"]["actor"], to, verdict.onset, now))
     for step in [step for step in states if step > to]:
         del states[step]
-    trial.passed += now - to + max(0, now - verdict.onset)
+    trial.passed += now - to + controller.passes(verdict.onset, now)
     trial.step = to
     for values in trial.columns.values():
         del values[to:]
