@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from puna.train.adam_sampler import Sampler, kind_of
 from puna.train.adam_stats import RATIO_BINS, Watched, coordinates, statistics
 
-WIDTH = 4096
+WIDTH = 2048
 
 
 class Watch:
@@ -107,9 +107,7 @@ def test_c_correlation_widens_the_bell(rho: float, table: float) -> None:
     assert slow["u_rms"] == pytest.approx(theory, rel=0.03)
 
 
-@pytest.mark.parametrize(
-    ("rho", "u_rms", "f9", "bc"), [(0.7, 0.441, 0.013, 0.47), (0.9, 0.616, 0.14, 0.57), (0.99, 0.839, 0.48, 0.77)]
-)
+@pytest.mark.parametrize(("rho", "u_rms", "f9", "bc"), [(0.9, 0.616, 0.14, 0.57), (0.99, 0.839, 0.48, 0.77)])
 def test_c_with_much_correlation_the_shape_changes(rho: float, u_rms: float, f9: float, bc: float) -> None:
     found = after(Watch(adam(0.95)), correlated(rho), 250, 150)
     assert found["u_rms"] == pytest.approx(u_rms, rel=0.03)
@@ -238,11 +236,11 @@ def test_what_never_had_a_gradient_is_counted_apart() -> None:
     rows[::10] = 1
     found = after(watch, (g * rows for g in normal()))
     assert found["unseen"] == pytest.approx(0.9, abs=1e-3)
-    assert found["num_active"] == 410
+    assert found["num_active"] == 205
     assert found["u_rms"] == pytest.approx(0.225, rel=0.05)
     assert found["surprise"] == pytest.approx(1, rel=0.05)
     assert found["below_eps"] == 0
-    assert watch.histogram.sum() == 410
+    assert watch.histogram.sum() == 205
     late = watch.step(next(normal(9)))
     assert late["unseen"] == 0
     assert late["surprise"] == pytest.approx(1, rel=0.2), "rows that are seen for the first time surprise nobody"

@@ -90,7 +90,7 @@ def test_weights_are_the_same_bit_for_bit(kind: str, dtype: torch.dtype) -> None
         optimizer = adamw(model, **KINDS[kind])
         monitor = HealthMonitor(optimizer, model, HealthConfig(record_every=3, histogram_every=4)) if watched else None
         torch.manual_seed(5)
-        results.append(train(model, optimizer, 25, monitor))
+        results.append(train(model, optimizer, 14, monitor))
         noise.append(torch.rand(3))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert torch.equal(*noise), "and so are the random numbers that follow"
@@ -396,10 +396,10 @@ def test_a_resumed_monitor_goes_on_as_if_nothing_had_happened() -> None:
         again.load_state_dict(state["optimizer"])
         resumed = HealthMonitor(again, other, HealthConfig(record_every=1))
         resumed.load_state_dict({"numbers": numbers, "tensors": state["monitor"]["tensors"]})
-        train(other, again, 60 - cut, resumed, start=cut)
+        train(other, again, 45 - cut, resumed, start=cut)
         return [record for record in resumed.records if record["event"] == "health"][-10:], resumed.numbers()
 
-    assert run(25) == run(45)
+    assert run(15) == run(34)
 
 
 def test_a_resume_without_its_state_takes_adams_count_for_the_age() -> None:
