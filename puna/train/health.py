@@ -225,9 +225,7 @@ class HealthMonitor:
 
     def _look(self, track: Track) -> None:
         track.step += 1
-        track.arrange()
-        if track.news and not self._fault:
-            self._introduce(track)
+        self._follow(track)
         given, self._given = self._given, {}
         arrived = track.exchange(given, self._fault is not None, self.actor)
         self._fault = self._fault or track.fault
@@ -241,6 +239,15 @@ class HealthMonitor:
             if self.actor:
                 self._act(self.actor, track, reading)
             self._tell(track, reading, before, arrived)
+
+    def _follow(self, track: Track) -> None:
+        """What is watched; a fault here does not keep this rank from the exchange, for which others wait."""
+        try:
+            track.arrange()
+            if track.news and not self._fault:
+                self._introduce(track)
+        except Exception:
+            self._fault = self._fault or last_line()
 
     def _act(self, actor: Actor, track: Track, reading: Reading) -> None:
         self._acting = True

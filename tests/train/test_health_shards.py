@@ -51,12 +51,18 @@ def sharded(how: str) -> Model:
     return model
 
 
-def course(how: str, act: bool, fail: int = -1) -> dict[str, Any]:
-    """What a run with a stall and its release leaves behind. fail: rank whose monitor breaks at step 30."""
+def course(how: str, act: bool, fail: int = -1, what: str = "") -> dict[str, Any]:
+    """What a run with a stall and its release leaves behind. fail: rank whose monitor breaks, in its first record or
+    in step 31."""
     model = sharded(how)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), eps=1e-8)
     config = HealthConfig(act=act, sample=64, record_every=7, surprise=10.0)
-    monitor = HealthMonitor(optimizer, model, config)
+
+    def emit(record: dict[str, Any]) -> None:
+        if fail == mesh.rank() and what == "record":
+            raise OSError(28, "No space left on device")
+
+    monitor = HealthMonitor(optimizer, model, config, emit=emit)
     statistics, parts = [], mesh.world_size() if how != "plain" else 1
     for step in range(NUM_STEPS):
         tokens = torch.randint(VOCABULARY // 2, (BATCH,), generator=torch.Generator().manual_seed(step))
@@ -66,12 +72,11 @@ def course(how: str, act: bool, fail: int = -1) -> dict[str, Any]:
         if step in STALLED:
             for p in model.layers.parameters():
                 p.grad.mul_(1e-9)
-        if fail == mesh.rank() and step == 30:
+        if fail == mesh.rank() and what == "look" and step == 30:
             monitor._tracks[optimizer]._samplers[0].rule = None  # type: ignore[assignment]
         optimizer.step()
-        reading = monitor.reading
-        assert reading is not None
-        statistics.append({key: values.copy() for key, values in reading.statistics.items()})
+        if reading := monitor.reading:
+            statistics.append({key: values.copy() for key, values in reading.statistics.items()})
     weights = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
     monitor.close()
     return {
@@ -127,11 +132,12 @@ def test_sharded_actions_are_those_of_one_process(how: str, ranks: Any) -> None:
             np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
 
 
-def test_one_rank_that_fails_switches_all_off_and_nobody_waits(ranks: Any) -> None:
+@pytest.mark.parametrize(("what", "step", "reason"), [("look", 31, "TypeError"), ("record", 1, "No space left")])
+def test_one_rank_that_fails_switches_all_off_and_nobody_waits(what: str, step: int, reason: str, ranks: Any) -> None:
     wanted = course("plain", act=False)
-    results = ranks(course, "fully", False, 2)
-    assert [result["step"] for result in results] == [31] * 4
-    assert "TypeError" in results[2]["off"]
+    results = ranks(course, "fully", False, 2, what)
+    assert [result["step"] for result in results] == [step] * 4
+    assert reason in results[2]["off"]
     assert {results[rank]["off"] for rank in (0, 1, 3)} == {
         "the monitor of another rank has failed; that rank says why"
     }
