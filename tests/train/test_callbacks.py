@@ -30,9 +30,12 @@ class Text(IterableDataset):
             yield {"input_ids": row, "labels": row}
 
 
-def stalling(model):
-    """Give the model's first layers no gradient worth the name for a while, and then all of it at once."""
-    passes = itertools.count()
+def stalling(model, first):
+    """Give the model's first layers no gradient worth the name for a while, and then all of it at once.
+
+    first: number of the first forward pass.
+    """
+    passes = itertools.count(first)
     now = 0
 
     def begin(module, inputs):
@@ -46,13 +49,13 @@ def stalling(model):
     return model
 
 
-def model_and_optimizer():
+def model_and_optimizer(first=0):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=LENGTH,
     )  # fmt: skip
-    model = stalling(transformers.LlamaForCausalLM(config).train())
+    model = stalling(transformers.LlamaForCausalLM(config).train(), first)
     return model, torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.999), weight_decay=0.0)
 
 
@@ -72,8 +75,8 @@ def plain_loop(folder: Path):
     return model, monitor
 
 
-def trainer_for(folder: Path, **settings):
-    model, optimizer = model_and_optimizer()
+def trainer_for(folder: Path, first=0, **settings):
+    model, optimizer = model_and_optimizer(first)
     known = {
         "output_dir": str(folder), "max_steps": STEPS, "per_device_train_batch_size": BATCH, "max_grad_norm": 1.0,
         "use_cpu": True, "report_to": "none", "disable_tqdm": True, "logging_strategy": "no", "save_strategy": "no",
@@ -193,8 +196,8 @@ def test_a_spike_stops_the_training_and_it_goes_on_from_before(tmp_path):
 def test_a_resumed_training_has_the_records_of_one_that_was_not_interrupted(tmp_path):
     from puna.train.callbacks.hugging_face import HealthCallback
 
-    def train(folder, output, **resume):
-        trainer = trainer_for(output, max_steps=90, save_strategy="steps", save_steps=50)
+    def train(folder, output, first=0, **resume):
+        trainer = trainer_for(output, first, max_steps=90, save_strategy="steps", save_steps=50)
         trainer.add_callback(HealthCallback(trainer, folder, HealthConfig(record_every=5)))
         trainer.train(**resume)
         return [
@@ -205,7 +208,7 @@ def test_a_resumed_training_has_the_records_of_one_that_was_not_interrupted(tmp_
 
     whole = train(tmp_path / "whole", tmp_path / "out")
     resumed = train(
-        tmp_path / "resumed", tmp_path / "out", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-50")
+        tmp_path / "resumed", tmp_path / "out", 50, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-50")
     )
     assert len(whole) > 10
     assert resumed == whole
