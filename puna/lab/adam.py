@@ -20,9 +20,8 @@ from puna.lab.adam_labels import onsets
 from puna.lab.adam_spec import RunSpec
 from puna.lab.adam_store import Job, complete
 
-EARLY = ("model.embed_tokens.weight", "model.layers.0.*")
-STALLED_LAYERS = ("embedding", "layer 0")
-RELEASE = 300
+STALLED, STALLED_LAYERS = ("model.layers.*",), ("layer 0", "layer 1")
+RELEASE = 160
 AROUND = 20  # steps before and after the release that are compared
 CENTRE, SIDE = 0.2, 0.5  # abs(r) of the middle peak, and beyond which a coordinate is in a side peak
 PEAK = 0.2  # share of the coordinates that makes a peak
@@ -39,11 +38,11 @@ class Where:
     data: str = "stdlib"
 
 
-def stall_and_burst(seed: int, data: str) -> RunSpec:
-    """Embedding and first block without gradients for the first 300 steps; then with them."""
+def stall_and_burst(seed: int, data: str, steps_after: int) -> RunSpec:
+    """The blocks without gradients for the first 160 steps, then with them; embedding, last norm and head train on."""
     return RunSpec(
-        name=f"injection-{seed}", cause="stall", seed=seed, data=data, dim=64, rate=0.01, beta2=0.999, tensors=EARLY,
-        length=RELEASE, depth=1e-9, steps=RELEASE + 90,
+        name=f"injection-{seed}", cause="stall", seed=seed, data=data, dim=48, rate=0.02, beta2=0.999, tensors=STALLED,
+        length=RELEASE, depth=1e-9, steps=RELEASE + steps_after,
     )  # fmt: skip
 
 
@@ -56,7 +55,7 @@ def _losses(result: dict[str, Any]) -> np.ndarray:
 
 def injection(where: Where) -> dict[str, Any]:
     """Spikes over seeds, and shares of r in the middle and beside it by layer, at a step before and at the release."""
-    specs = [stall_and_burst(seed, where.data) for seed in range(where.num_seeds)]
+    specs = [stall_and_burst(seed, where.data, AROUND) for seed in range(where.num_seeds)]
     jobs = [Job(spec, health={"histogram_every": 10}) for spec in specs]
     rows = [_burst(result) for result in complete(jobs, where.folder, where.num_workers, "injection")]
     return {
@@ -118,7 +117,7 @@ def _is_two_peaks(share: dict[str, float]) -> bool:
 
 def mitigation(where: Where) -> dict[str, Any]:
     """By remedy: mean loss before the release, largest after it, and 20 and 80 steps later, as means over seeds."""
-    specs = [stall_and_burst(seed, where.data) for seed in range(where.num_seeds)]
+    specs = [stall_and_burst(seed, where.data, 90) for seed in range(where.num_seeds)]
     arms = {}
     for arm in MITIGATIONS:
         jobs = [Job(spec, arm, watch=False) for spec in specs]

@@ -22,7 +22,7 @@ def fields() -> None:
 def injection(result: dict[str, Any]) -> None:
     """Print spikes and shares of r."""
     table = _table(
-        "stall and burst of embedding and layer 0",
+        "stall and burst of the blocks",
         "seed",
         "spike (nats)",
         "onset",
