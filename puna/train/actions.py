@@ -40,6 +40,8 @@ class Limits:
     spike_steps: int = 3  # in a row
     window: int = 100  # losses that median and deviation are of
     min_losses: int = 30
+    recent: int = 30  # losses that a single one is held against
+    max_lost: int = 40  # in a row far above recent ones, after which they are taken for usual
     min_scale: float = 0.005  # of the median: the least that counts as a deviation of the loss
     slope_steps: int = 10  # losses in each of the two medians that say whether it falls
     wait: int = 200  # for a spike that falls by itself

@@ -38,6 +38,8 @@ class SpikeJudge:
         self._skips: list[int] = []
         self._losses: list[float] = []  # usual ones, the newest last
         self._high: list[float] = []  # those above them, in a row up to now
+        self._recent: list[float] = []  # the newest that were not far above those before
+        self._num_lost = 0  # losses far above the recent ones, in a row up to now
         self._spike: _Spike | None = None
         self._returns: list[_Return] = []
         self._serious: list[list[int]] = []  # first and last step of times with actions of level 2 or more
@@ -50,6 +52,7 @@ class SpikeJudge:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return self._not_finite(step, loss, norm, blame)
         skips = self._bad_batch(step, norm)
+        self._compare(loss)
         z = self._watch_loss(step, loss)
         if skips and len(self._skips) > self.limits.max_skips:
             return self._leave(step, self._skips[0], "skips", len(self._skips), self.limits.max_skips, skips)
@@ -66,8 +69,8 @@ class SpikeJudge:
 
     @property
     def lost(self) -> bool:
-        """Whether the newest loss is far above usual ones."""
-        return bool(self._high)
+        """Whether the newest loss is far above recent ones; false again after a while, if it stays there."""
+        return self._num_lost > 0
 
     # --- what roll-backs leave behind ---
 
@@ -115,6 +118,8 @@ class SpikeJudge:
             "skips": self._skips,
             "losses": self._losses,
             "high": self._high,
+            "recent": self._recent,
+            "num_lost": self._num_lost,
             "spike": asdict(self._spike) if self._spike else None,
             "returns": [asdict(back) for back in self._returns],
             "serious": self._serious,
@@ -124,6 +129,7 @@ class SpikeJudge:
         """From the manifest."""
         self._norms, self._calm_norms = Trend(**state["norms"]), state["calm_norms"]
         self._skips, self._losses, self._high = list(state["skips"]), list(state["losses"]), list(state["high"])
+        self._recent, self._num_lost = list(state["recent"]), state["num_lost"]
         self._spike = _Spike(**state["spike"]) if state["spike"] else None
         self._returns = [_Return(**back) for back in state["returns"]]
         self._serious = [list(time) for time in state["serious"]]
@@ -153,6 +159,15 @@ class SpikeJudge:
         name, value = ("grad_norm", norm) if math.isfinite(loss) else ("loss", loss)
         skipped = self._skip(step, name, value, math.inf, blame or f"the {name} is {value}: no weight changes")
         return self._leave(step, step, name, value, math.inf, (skipped,))
+
+    def _compare(self, loss: float) -> None:
+        """With the recent losses, which takes less to be unusual than to be a spike."""
+        z = deviations(loss, self._recent, self.limits.min_scale) if len(self._recent) >= self.limits.recent else 0.0
+        if z > self.limits.loss_z and self._num_lost < self.limits.max_lost:
+            self._num_lost += 1
+        else:
+            self._num_lost = 0
+            self._recent = [*self._recent, loss][-self.limits.recent :]
 
     def _watch_loss(self, step: int, loss: float) -> float:
         """Robust z of the loss; a spike begins where it is high for some steps in a row, and ends where it is not."""

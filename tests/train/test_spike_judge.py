@@ -103,6 +103,21 @@ def test_a_spike_that_falls_is_waited_for() -> None:
     assert kinds(slowly, 101, slow).index("roll_back") == 62, "60 steps after it was confirmed"
 
 
+def test_a_loss_far_above_recent_ones_is_lost_for_a_while() -> None:
+    """Also where a hundred steps ago the loss was so high that this is no spike."""
+    judge = SpikeJudge(Limits())
+    for step in range(1, 101):
+        judge.judge(step, max(3.0, 5.0 - 0.03 * step) + 0.01 * (step % 3), 1.0)
+        assert not judge.lost
+    found = []
+    for step in range(101, 151):
+        assert judge.judge(step, 4.0, 1.0) == GO
+        found.append(judge.lost)
+    assert found == [True] * 40 + [False] + [True] * 9
+    judge.judge(151, 3.0, 1.0)
+    assert not judge.lost
+
+
 def test_a_loss_that_rises_by_less_than_noise_counts_is_no_spike() -> None:
     judge = SpikeJudge(Limits())
     for step in range(1, 101):
