@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from puna.train import health_track
 from puna.train.adam_stats import SUMS, Watched
 from puna.train.config import HealthConfig
 from puna.train.detector import Reading
@@ -518,6 +519,28 @@ def test_announcements_resets_and_what_others_tell() -> None:
 )
 def test_layers_by_name(name: str, layer: str) -> None:
     assert layer_of(name) == layer
+
+
+def test_where_the_host_is_late_every_step_is_read_in_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of things on CUDA, on the CPU: copies are read a step after they were begun."""
+    results = []
+    for late in (False, True):
+        if late:
+            monkeypatch.setattr(health_track, "Arrived", Late)
+        model = Model()
+        optimizer = adamw(model)
+        monitor = HealthMonitor(optimizer, model, HealthConfig(record_every=1))
+        train(model, optimizer, 12, monitor)
+        results.append([record for record in events(monitor, "health") if record["step"] < 12])
+        assert monitor.reading is not None
+        assert monitor.reading.step == 12 - late
+    assert results[0] == results[1]
+
+
+class Late(health_track.Arrived):
+    def __init__(self, *words: Any) -> None:
+        super().__init__(*words)
+        self.late = True
 
 
 def test_bursting_tensors_are_held_by_a_mask() -> None:
