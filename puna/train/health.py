@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from puna.console import err
+from puna.errors import DataError
 from puna.train import mesh
 from puna.train.adam_stats import STATISTICS, Watched
 from puna.train.config import HealthConfig
@@ -54,7 +55,7 @@ class HealthMonitor:
 
     optimizer: one, or several by name. model: the module, or {name: module}. folder: where events.jsonl goes in a
     drop-in (rank 0 writes). emit: called with each record (Puna's loop). actor: acts before and after updates; with
-    `config.act` a `Controller` unless another is given.
+    `config.act` a `Controller` unless another is given. Raises DataError where the folder cannot be written to.
     """
 
     def __init__(
@@ -318,8 +319,13 @@ class HealthMonitor:
 def _opened(folder: Path | str | None) -> Events | None:
     if folder is None or mesh.rank():
         return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return Events(Path(folder))
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return Events(Path(folder))
+    except OSError as error:
+        raise DataError(
+            f"the health monitor cannot write to {folder}: {error.strerror}", "Name a folder that can be written to."
+        ) from error
 
 
 def _health(reading: Reading) -> dict[str, Any]:

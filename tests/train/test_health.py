@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from puna.errors import DataError
 from puna.train import health_track
 from puna.train.adam_stats import SUMS, Watched
 from puna.train.config import HealthConfig
@@ -143,6 +144,13 @@ def test_records_tell_what_is_watched_and_what_was_seen(tmp_path: Path) -> None:
     assert "NaN" not in (tmp_path / "run" / "events.jsonl").read_text()
     with pytest.raises(StopIteration):
         next(iter(optimizer._optimizer_step_pre_hooks))
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    model = Model()
+    with pytest.raises(DataError, match=r"the health monitor cannot write to .*taken: File exists. Name a folder"):
+        HealthMonitor(adamw(model), model, folder=tmp_path / "taken")
 
 
 def test_the_estimated_norm_is_that_of_all_gradients() -> None:
