@@ -72,9 +72,13 @@ def heat_map(found: Watched, key: str) -> str:
         f'<figure><div class="map"><svg viewBox="0 0 {WIDTH} {bottom + 26:.0f}" role="img" aria-label="{escape(told)}">'
         f"{_ribbon(found, axis)}{cells}{names}{below}{_lines(marks(found), axis, bottom)}"
         f'<g class="hover">{"".join(_hover(values, columns, axis, bottom))}</g></svg></div>'
-        f"<figcaption>{_legend(key, limit)}<span class='unit'>worst tensor of each layer, by step</span></figcaption>"
+        f"<figcaption>{_legend(key, limit)}<span class='unit'>worst {_kind(key)} of each layer</span></figcaption>"
         f'</figure><p class="note">{escape(told)}</p>'
     )
+
+
+def _kind(key: str) -> str:
+    return "tensor" if STATISTICS[key].vectors else "matrix"
 
 
 def shade(badness: float) -> int:

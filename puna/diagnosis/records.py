@@ -19,8 +19,9 @@ STORY = ("health_change", "health_action")  # what a roll-back does not take bac
 
 @dataclass(frozen=True)
 class Statistic:
-    """One statistic of a tensor. calm: a value that is nothing special. limit: default threshold of its alarm.
+    """One statistic of a tensor. calm: a value that is nothing special. limit: default threshold of its rule.
 
+    vectors: whether it says something of gains and biases, whose updates are coherent in healthy runs too.
     Its badness is 0 at the calm value and 1 at the limit, straight or (log) in logarithms; more is worse.
     """
 
@@ -28,6 +29,7 @@ class Statistic:
     calm: float
     limit: float
     log: bool = False
+    vectors: bool = False
 
     @property
     def rises(self) -> bool:
@@ -51,12 +53,12 @@ class Statistic:
 
 STATISTICS = {
     "u_rms": Statistic("update RMS", 0.2, 0.6),
-    "surprise": Statistic("surprise", 1.0, 10.0, log=True),
-    "stall": Statistic("stall ratio √v̂ ÷ ε", 100.0, 10.0, log=True),
+    "surprise": Statistic("surprise", 1.0, 10.0, log=True, vectors=True),
+    "stall": Statistic("stall ratio √v̂ ÷ ε", 100.0, 10.0, log=True, vectors=True),
     "lag_cosine": Statistic("lag-1 cosine", 0.0, 0.6),
     "f9": Statistic("share beyond ±0.9", 0.0, 0.3),
     "bc": Statistic("bimodality", 1 / 3, 0.555),
-    "below_eps": Statistic("share below ε", 0.0, 0.5),
+    "below_eps": Statistic("share below ε", 0.0, 0.5, vectors=True),
     "descent_cosine": Statistic("descent cosine", 0.4, 0.1),
     "stable_rms": Statistic("StableAdamW RMS", 1.0, 2.5, log=True),
 }
@@ -161,7 +163,10 @@ class Watched:
         return next((limit for limit in limits if limit is not None), STATISTICS[statistic].limit)
 
     def worst(self, statistic: str) -> dict[str, list[Point]]:
-        """Of each layer (step, value of its worst tensor), over the samples that have one."""
+        """Of each layer (step, value of its worst tensor), over the samples that have one.
+
+        Gains and biases are left out of statistics that say nothing of them.
+        """
         return self._series[statistic]
 
     @cached_property
@@ -173,6 +178,15 @@ class Watched:
                     found[key][layer].append((sample["step"], value))
         return {key: {layer: line for layer, line in lines.items() if line} for key, lines in found.items()}
 
+    @cached_property
+    def _vectors(self) -> frozenset[str]:
+        """Gains and biases, by their size: below 4 √n, with n the size of the largest tensor."""
+        sizes = {
+            name: size for one in self.starts for name in table(one, "numel") if (size := number(one["numel"], name))
+        }
+        limit = 4 * math.sqrt(max(sizes.values(), default=0))
+        return frozenset(name for name, size in sizes.items() if size < limit)
+
     def _worst_of(self, sample: Event) -> dict[str, dict[str, float]]:
         worst: dict[str, dict[str, float]] = {key: {} for key in STATISTICS}
         for tensor, numbers in table(sample, "tensors").items():
@@ -180,7 +194,8 @@ class Watched:
             if layer is None or not isinstance(numbers, dict):
                 continue
             for key, statistic in STATISTICS.items():
-                if (value := number(numbers, key)) is not None:
+                value = number(numbers, key) if statistic.vectors or tensor not in self._vectors else None
+                if value is not None:
                     pick = max if statistic.rises else min
                     worst[key][layer] = pick(worst[key].get(layer, value), value)
         return worst

@@ -58,6 +58,16 @@ def test_a_map_has_the_worst_tensor_of_each_layer_and_step():
     assert "<1>" not in svg
 
 
+def test_gains_are_left_out_of_what_says_nothing_of_them():
+    start = START | {"numel": {"a": 4096, "b": 64, "c": 64}}
+    values = {"a": {"u_rms": 0.3, "surprise": 1.0}, "b": {"u_rms": 1.0, "surprise": 30.0}, "c": {"u_rms": 1.0}}
+    found = watched([start, {"event": "health", "step": 1, "tensors": values}])
+    assert found.worst("u_rms") == {"layer 0": [(1, 0.3)]}
+    assert found.worst("surprise") == {"layer 0": [(1, 30.0)]}
+    assert "worst matrix of each layer" in heat_map(found, "u_rms")
+    assert "worst tensor of each layer" in heat_map(found, "surprise")
+
+
 def test_a_long_map_is_thinned_without_losing_the_worst():
     samples = [sample(step, a=9.0 if step == 1234 else 0.2) for step in range(1, 3001)]
     svg = heat_map(watched([START, *samples]), "u_rms")
