@@ -103,14 +103,14 @@ class Run:
             pass
 
     def _stretch(self, first_steps: FirstSteps) -> bool:
-        """From the cursor to the end of the work (False), or until the run has gone back to a checkpoint (True)."""
+        """From the cursor to the end of the work (False), or until the cursor is another than the units' (True)."""
         for unit, data_wait_s in _timed(self.task.units(self.cursor)):
             began = time.perf_counter()
             begin_unit(self.cursor.units, self.task.samples(unit))
             first_steps.check(self.cursor, unit)
             seed_step(self.config.run.seed, self.cursor.units, mesh.rank())
             report = self.task.step(unit)
-            self.cursor = self.cursor.after(report.tokens)
+            self.cursor = self.cursor.after(report.tokens, report.passed)
             stop = self._after_step(report, time.perf_counter() - began, data_wait_s)
             if report.setback:
                 self._roll_back(report.setback, report.tokens)
@@ -122,7 +122,7 @@ class Run:
                 raise Unfinished(
                     f"stopped by a signal at step {self.cursor.units}; the same command resumes from there"
                 )
-            if report.setback:
+            if report.setback or report.passed:
                 return True
         return False
 
@@ -161,7 +161,7 @@ class Run:
         stop, save_failed, step_s, data_wait_s, memory = mesh.agree(mine, "max")
         for record in report.records:
             self._record.health(record)
-        tokens_per_s = report.tokens / (step_s + data_wait_s)
+        tokens_per_s = (report.tokens + report.passed) / (step_s + data_wait_s)
         mfu = {"mfu": tokens_per_s * self._mfu_per_rate} if self._mfu_per_rate else {}
         figures = {
             "step": self.cursor.units,

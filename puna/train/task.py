@@ -4,7 +4,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -36,16 +36,16 @@ class Cursor:
 
     units: int = 0  # units of work done (a unit is a batch for a language model, a bucket for a graph)
     tokens: int = 0  # tokens (or edges, rows) consumed over all ranks
-    skipped: int = 0  # tokens of the data that roll-backs have passed over
+    skipped: int = 0  # tokens of the data that were passed over: batches left out, spans that roll-backs leap
 
     @property
     def position(self) -> int:
         """Where the next unit begins in the data."""
         return self.tokens + self.skipped
 
-    def after(self, tokens: int) -> "Cursor":
-        """The cursor one unit and `tokens` tokens later."""
-        return Cursor(self.units + 1, self.tokens + tokens, self.skipped)
+    def after(self, tokens: int, passed: int = 0) -> "Cursor":
+        """The cursor one unit later, with `tokens` more consumed and `passed` more passed over."""
+        return Cursor(self.units + 1, self.tokens + tokens, self.skipped + passed)
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class StepReport:
     weight: int  # target tokens (rows, edges) over all ranks
     tokens: int  # what the cursor advances by
     metrics: dict[str, float] = field(default_factory=dict)
+    passed: int = 0  # tokens of a unit that was left out, which are not consumed but passed over
     records: Sequence[dict[str, Any]] = ()  # of the health monitor, each with its "event"
     setback: Setback | None = None
 
@@ -220,9 +221,8 @@ class GradientTask(Task):
         if self.loss_scale:
             self.loss_scale.update(math.isfinite(norm))
             metrics["loss_scale"] = scale
-        records = [*verdict.records, *(self._oversight.take_records() if self._oversight else ())]
-        setback = Setback(verdict.onset, verdict.reason) if verdict.kind == "roll_back" else None
-        return StepReport(loss_sum / weight, weight, unit.tokens, metrics, records, setback)
+        report = StepReport(loss_sum / weight, weight, unit.tokens, metrics)
+        return self._overseen(report, verdict, taken) if self._oversight else report
 
     @during("forward/backward")
     def accumulate(self, unit: GradientUnit, factor: float) -> list[Tensor]:
@@ -274,6 +274,16 @@ class GradientTask(Task):
                 "Every token of these samples is masked; check the data or the loss mask.",
             )
         return int(weight)
+
+    def _overseen(self, report: StepReport, verdict: Verdict, taken: bool) -> StepReport:
+        """The report with what monitor and controller have to tell; a batch that was left out is passed over."""
+        assert self._oversight
+        records = [*verdict.records, *self._oversight.take_records()]
+        if verdict.kind == "roll_back":
+            return replace(report, records=records, setback=Setback(verdict.onset, verdict.reason))
+        if self.controller and not taken and "grad_norm" in report.metrics:
+            return replace(report, records=records, tokens=0, passed=report.tokens)
+        return replace(report, records=records)
 
     def _set_learning_rate(self, unit: GradientUnit) -> float:
         recovery = self._oversight.begin(unit.cursor.units + 1, unit.tokens) if self._oversight else Recovery()

@@ -76,7 +76,7 @@ class Guarded(GradientTask):
         )
 
     def units(self, cursor: Cursor) -> Iterator[toys.Unit]:
-        while cursor.units < self.num_units:
+        while cursor.tokens < TOKENS * self.num_units:
             self.read.append(cursor.position // TOKENS)
             parts = toys.batches(3, cursor.position, TOKENS, 1, mesh.rank(), mesh.world_size())
             yield toys.Unit(cursor, TOKENS, parts)

@@ -151,6 +151,21 @@ def test_a_second_return_halves_the_rate_and_begins_the_moments_anew(tmp_path: P
     assert {int(state["step"]) for state in task.optimizers["adamw"].state.values()} == {40}
 
 
+def test_a_batch_that_is_left_out_does_not_count_as_trained(tmp_path: Path) -> None:
+    task = guarded.run(tmp_path, Guarded(60, wild=(45,)))
+    (skip,) = actions(tmp_path)
+    assert (skip["step"], skip["level"], skip["action"]) == (46, 3, "skip")
+    steps = last_steps(read_events(tmp_path))
+    assert [(steps[step]["tokens"] // 16, steps[step].get("skipped")) for step in (45, 46, 47)] == [
+        (45, None),
+        (45, 1.0),
+        (46, None),
+    ]
+    assert task.read == [*range(46), *range(46, 61)], "as many units are trained on as without it"
+    assert checkpoint.read_manifest(tmp_path).cursor == Cursor(61, 60 * 16, 16)
+    assert {int(state["step"]) for state in task.optimizers["adamw"].state.values()} == {60}
+
+
 # --- which checkpoints stay -------------------------------------------------------------------------------------------
 
 

@@ -125,6 +125,27 @@ def test_what_is_usual_is_what_was_applied_and_moves_slowly() -> None:
     assert guard.state()["usual"]["a"] == pytest.approx(math.log(size)), "the held update is no news"
 
 
+def test_a_held_update_that_is_slowed_too_is_not_made_smaller_than_allowed() -> None:
+    guard, stalled = TensorGuard(Limits()), replace(CALM, stall=0.5, lag_cosine=0.7)
+    for step in range(1, 101):
+        guard.tune(step, {"a": stalled if step <= 50 else CALM})
+    usual = math.exp(guard.state()["usual"]["a"])
+    plan = guard.tune(101, {"a": replace(CALM, ratio=0.03)}, ["a"])
+    assert plan.knobs["a"].rate == pytest.approx(usual / 0.03), "half the rate alone would be more"
+    assert plan.knobs["a"].rate < 0.5
+
+
+def test_a_reset_forgets_what_is_usual_and_keeps_the_epsilon() -> None:
+    guard = TensorGuard(Limits())
+    for step in range(1, 52):
+        guard.tune(step, {"a": replace(CALM, stall=0.5)})
+    eps = guard.eps_of("a", 1e-8)
+    assert eps < 1e-8
+    guard.tune(52, {"a": burst(200.0)})
+    assert guard.state()["usual"] == {}
+    assert guard.eps_of("a", 1e-8) == eps
+
+
 def test_an_update_of_usual_size_is_not_held() -> None:
     guard = TensorGuard(Limits())
     for step in range(1, 100):
