@@ -49,9 +49,7 @@ class Model(nn.Module):
         return self.lm_head(self.attention(self.embed(tokens)))
 
 
-def course(
-    normed: bool, lr: float = 0.1, num_steps: int = 40
-) -> tuple[list[dict[str, Any]], list[float], list[float]]:
+def course(normed: bool, lr: float = 0.1, num_steps: int = 40) -> tuple[list[dict[str, Any]], list[float], list[float]]:
     """Health records of a run at a high rate, and its true largest logits and log Z at every fifth step."""
     model = Model(normed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
