@@ -29,7 +29,7 @@ def test_a_run_is_watched_and_not_steered(watched: Path) -> None:
     assert (start["optimizer"], start["step"]) == ("AdamW", 1)
     assert list(start["tensors"].items())[:2] == [
         ("model.embed_tokens.weight", "embedding"),
-        ("model.layers.0.self_attn.q_proj.weight", "layer 0"),
+        ("model.layers.0.input_layernorm.weight", "layer 0"),
     ]
     assert [record["step"] for record in found(watched, "health")] == [4, 8]
     assert not found(watched, "health_off") + found(watched, "health_action")
@@ -49,6 +49,7 @@ def test_a_steered_run_keeps_its_beginning(watched: Path, shards: Path, tmp_path
     assert checkpoint.complete_steps(tmp_path / "run") == [0, 4, 8]
 
 
+@pytest.mark.slow
 def test_a_watched_run_goes_on_unwatched_and_back(watched: Path, shards: Path, tmp_path: Path) -> None:
     run, first = tmp_path / "run", (*STEPS[2:], "--train.tokens", "8192")
     assert train(run, shards, *first, "--health.enabled", "false") == [0]
