@@ -12,6 +12,7 @@ import click
 
 from puna import __version__
 from puna.errors import PunaError
+from puna.health_verbs import health
 from puna.plan_verbs import plan
 from puna.recipe_verbs import recipe
 from puna.verbs import RECIPE_ARGUMENTS, as_json, print_figures, recipe_name, settings
@@ -574,6 +575,42 @@ def lab_fsdp(processes: tuple[int, ...], steps: int, simulate: bool, as_json: bo
         print_tables(result)
 
 
+@lab.command("adam")
+@click.argument(
+    "experiment", default="injection", type=click.Choice(["injection", "mitigation", "search", "scale", "batch"])
+)
+@click.option("--seeds", type=click.IntRange(1), help="Seeds of each case; 20 for injection, else 1 to 3.")
+@click.option("--data", default="stdlib", show_default=True, help="Text: a file, a folder, or stdlib.")
+@click.option("--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, of one thread each.")
+@click.option("--out", default="runs/adam", show_default=True, type=Path, help="Folder of results, a file a run.")
+@click.option("--fields", is_flag=True, help="Print the settings that a run has, and nothing else.")
+@as_json
+def lab_adam(
+    experiment: str, seeds: int | None, data: str, workers: int, out: Path, fields: bool, as_json: bool
+) -> None:
+    """Adam's instability in a small Llama on real text: stalls and bursts, remedies, a search without injection.
+
+    What was trained already (in --out) is not trained again.
+
+    \b
+    Example:  puna lab adam injection --seeds 5
+              puna lab adam mitigation --json
+              puna lab adam --fields
+    """
+    from puna.lab import adam, adam_show
+
+    if fields:
+        adam_show.fields()
+        return
+    where = adam.Where(out, workers, seeds or adam.SEEDS[experiment], data)
+    result = adam.EXPERIMENTS[experiment](where)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        adam_show.PRINTERS[experiment](result)
+
+
+puna.add_command(health)
 puna.add_command(plan)
 puna.add_command(recipe)
 

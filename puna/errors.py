@@ -15,7 +15,8 @@ PunaError (1)
 ├── RankFailed (6)        a worker process died
 ├── Hung (7)              a rank stopped, or waits for what never comes; RUN/hang.txt says which
 ├── RanksDiffer (8)       the ranks do not run the same thing; RUN/hang.txt says which and in what
-└── OutOfMemory (9)       the device or the machine had no memory left; the newest checkpoint is as it was
+├── OutOfMemory (9)       the device or the machine had no memory left; the newest checkpoint is as it was
+└── Diverged (10)          the controller could not keep the run together; what it did is in events.jsonl
 """
 
 
@@ -103,3 +104,9 @@ class OutOfMemory(PunaError):
     """A rank was refused memory, or the kernel ended it for the lack of it; the newest checkpoint is as it was."""
 
     exit_code = 9
+
+
+class Diverged(PunaError):
+    """Training diverged, and returning to checkpoints did not help or was not possible."""
+
+    exit_code = 10

@@ -21,6 +21,9 @@ from statistics import median
 from typing import Any
 
 from puna.chart import Line, Mark, Point, bars, chart, scaled, short, smooth
+from puna.diagnosis.page import panel as health_panel
+from puna.diagnosis.records import watched
+from puna.diagnosis.words import diagnose
 from puna.errors import DataError
 
 Event = dict[str, Any]
@@ -77,7 +80,7 @@ class Records:
 def read(run: Path) -> Records:
     """Read the files of a run directory; nothing in them is trusted."""
     problems: list[str] = []
-    events = _read_events(run / "events.jsonl", problems)
+    events = read_events(run / "events.jsonl", problems)
     files = {name: _read_object(run / f"{name}.json", problems) for name in ("recipe", "versions", "model", "summary")}
     steps, redone = _by_step(events)
     recipe = Records(run, recipe=files["recipe"])
@@ -87,7 +90,8 @@ def read(run: Path) -> Records:
     return Records(run, events, steps, redone, **files, shards=shards, problems=problems)
 
 
-def _read_events(path: Path, problems: list[str]) -> list[Event]:
+def read_events(path: Path, problems: list[str]) -> list[Event]:
+    """Every record of an events.jsonl in order; lines that cannot be read are told in `problems`."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
     events, unread = [], []
     for place, line in enumerate(lines, 1):
@@ -127,7 +131,9 @@ def _by_step(events: list[Event]) -> tuple[list[Event], list[list[Event]]]:
     last: dict[int, Event] = {}
     for event in events:
         step = event.get("step")
-        if event["event"] == "resume" and isinstance(step, int):
+        if event["event"] in ("resume", "rollback") and isinstance(step, int):
+            if event["event"] == "rollback":  # other data follows: nothing is done again
+                attempts = {n: rows for n, rows in attempts.items() if n <= step}
             last = {n: kept for n, kept in last.items() if n <= step}
         elif event["event"] == "step" and isinstance(step, int):
             attempts.setdefault(step, []).append(event)
@@ -284,6 +290,13 @@ def bits(records: Records) -> str:
         )
         + note
     )
+
+
+@panel("Optimiser health", wide=True)
+def health(records: Records) -> str:
+    """What the health monitor saw."""
+    found = watched(records.events)
+    return health_panel(found, diagnose(found)) if found else absent("Not watched: [health] was off.")
 
 
 @panel("Tokens per second")

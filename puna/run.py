@@ -27,6 +27,7 @@ from puna.llama.tokenizer import Tokenizer
 from puna.predicted import explained, out_of_memory_recorded, predict
 from puna.recipe import Loaded, Recipe
 from puna.train.checkpoint import complete_steps, hold_lock
+from puna.train.controller import most_held
 from puna.train.disk import require_plan
 from puna.train.divergence import code_version, require_same
 from puna.train.launch import launch
@@ -40,6 +41,7 @@ FREE_TO_CHANGE = (
     "mesh.",
     "checkpoint.",
     "eval.",
+    "health.",
     "data.",
     "train.micro_batch",
     "train.recompute",
@@ -76,7 +78,8 @@ def prepare(loaded: Loaded, run: Path) -> None:
     found = inspect(recipe)
     choose_device(recipe.run.device)
     num_there = len(complete_steps(run))
-    require_plan(run, recipe.checkpoint, recipe.train, recipe.schedule, recipe.model.num_parameters, num_there)
+    guarded = most_held(recipe.health, recipe.checkpoint.every)
+    require_plan(run, recipe.checkpoint, recipe.train, recipe.schedule, recipe.model.num_parameters, num_there, guarded)
     with hold_lock(run):
         refuse_other_run(loaded, run)
         if num_there:
@@ -137,6 +140,7 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
             recipe.run.seed,
             place,
             compute,
+            recipe.health,
         )
         prediction = predict(recipe, place, compute)
         Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops, prediction=prediction).go()

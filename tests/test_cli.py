@@ -92,7 +92,7 @@ def test_version(puna):
 
 def test_verbs():
     assert {path[0] for path in ALL[1:]} == {
-        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "lab", "launch", "parity", "plan", "recipe",
+        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "health", "lab", "launch", "parity", "plan", "recipe",
         "report", "resume", "serve", "train", "verify"
     }  # fmt: skip
 

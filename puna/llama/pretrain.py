@@ -19,7 +19,8 @@ from puna.llama.packing import Batch, Samples, Stream, micro_batches
 from puna.llama.parallel import spread
 from puna.llama.shards import Shards
 from puna.train import mesh
-from puna.train.config import EvalConfig, MeshConfig, ScheduleConfig, TrainConfig
+from puna.train.clipping import SpamClip, ZClip
+from puna.train.config import EvalConfig, HealthConfig, MeshConfig, ScheduleConfig, TrainConfig
 from puna.train.mesh import Compute, Mesh
 from puna.train.optim import Average, LossScale, make_optimizers
 from puna.train.schedule import Schedule
@@ -50,6 +51,7 @@ class Pretrain(GradientTask):
         seed: int,
         place: Mesh,
         compute: Compute,
+        health: HealthConfig | None = None,
     ) -> None:
         self.config, self.data, self.train, self.place, self.compute = model, data, train, place, compute
         self.evaluation, self.schedule = evaluation, Schedule(schedule, train)
@@ -62,23 +64,26 @@ class Pretrain(GradientTask):
             err.print(table(self.plan), markup=False, soft_wrap=True)
         self.model = make_model(model, train, sharding, seed, place, compute)
         average = schedule.average
+        optimizers = make_optimizers(self.model, train, is_block_matrix=_is_block_matrix)
         super().__init__(
             {"model": self.model},
-            make_optimizers(self.model, train, is_block_matrix=_is_block_matrix),
+            optimizers,
             learning_rate=self.schedule.learning_rate,
             clip=train.clip,
+            zclip=ZClip() if train.clip_rule == "zclip" else None,
+            spam=SpamClip(optimizers["adamw"]) if train.clip_rule == "spam" else None,
             loss_scale=LossScale() if compute.dtype == torch.float16 else None,
             average=None if average == "none" else Average({"model": self.model}, average, schedule.ema_decay),
             averages=self.schedule.averages,
+            health=health,
         )
 
     def units(self, cursor: Cursor) -> Iterator[Step]:
         """Steps until `train.tokens` are consumed."""
         while cursor.tokens < self.train.tokens:
             tokens = self.schedule.batch_tokens(cursor.tokens)
-            yield Step(
-                cursor, tokens, self._batches(self.mixture, cursor.tokens, tokens, self.schedule.seq_len(cursor.tokens))
-            )
+            seq_len = self.schedule.seq_len(cursor.tokens)
+            yield Step(cursor, tokens, self._batches(self.mixture, cursor.position, tokens, seq_len))
             cursor = cursor.after(tokens)
 
     def loss_sum(self, batch: Batch) -> Tensor:

@@ -99,7 +99,7 @@ def _update(model: LlamaConfig, train: TrainConfig, shard: int) -> int:
 
 def _moments(model: LlamaConfig, train: TrainConfig, own: int) -> int:
     """Two moments a parameter; under Muon one for the matrices of the blocks."""
-    if train.optimizer == "adamw":
+    if train.optimizer != "muon":
         return 2 * MASTER_BYTES * own
     gains = 2 * model.dim * model.num_layers
     matrices = sum(unit.elements() for unit in units(model, "root")[:-1]) - gains

@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,7 @@ from puna.train.manifest import (
     write_manifest,
 )
 from puna.train.rows import RowStore, newest
-from puna.train.task import Cursor, Json, Rows, State, Tensors, module_tensors
+from puna.train.task import ASIDE, Cursor, Json, Rows, State, Tensors, module_tensors
 from puna.train.tensor_files import read_tensors, write_tensors
 
 T = TypeVar("T")
@@ -88,27 +88,31 @@ def take_snapshot(state: State, cursor: Cursor, heldout_loss: float | None = Non
 
 
 def write(
-    run: Path, snapshot: Snapshot, retention: CheckpointConfig, group: dist.ProcessGroup | None = None
+    run: Path,
+    snapshot: Snapshot,
+    retention: CheckpointConfig,
+    group: dist.ProcessGroup | None = None,
+    stays: frozenset[int] = frozenset(),
 ) -> Manifest:
-    """Write a checkpoint aside, commit it, then drop what `retention` does not keep. Every rank calls it.
+    """Write a checkpoint aside, commit it, then drop what neither `retention` nor `stays` keeps. Every rank calls it.
 
     group: the process group to do it over, one of its own where the ranks train meanwhile. Raises DiskFull or
     CheckpointError on all ranks where one could not write; what was written is gone then, all else is as it was.
     """
     step = snapshot.cursor.units
     folder = folder_of(run, step)
-    everywhere = partial(_everywhere, group, f"the checkpoint of step {step} could not be written")
-    everywhere(lambda: _make_folder(run, folder) if mesh.rank() == 0 else None)
+    together = partial(everywhere, group, f"the checkpoint of step {step} could not be written")
+    together(lambda: _make_folder(run, folder) if mesh.rank() == 0 else None)
     try:
-        files = everywhere(lambda: write_tensors(folder / "tensors", snapshot.tensors, group))
+        files = together(lambda: write_tensors(folder / "tensors", snapshot.tensors, group))
         manifest = _manifest(snapshot, {f"tensors/{name}": part[name] for part in files for name in sorted(part)})
-        everywhere(lambda: _commit(folder, snapshot, manifest) if mesh.rank() == 0 else None)
+        together(lambda: _commit(folder, snapshot, manifest) if mesh.rank() == 0 else None)
     except CheckpointError:
         if mesh.rank() == 0:
-            _remove(folder)
+            remove(folder)
         raise
     dropping = f"the checkpoint of step {step} is written, but older ones could not be dropped"
-    _everywhere(group, dropping, lambda: _retain(run, snapshot, retention) if mesh.rank() == 0 else None)
+    everywhere(group, dropping, lambda: _retain(run, snapshot, retention, stays) if mesh.rank() == 0 else None)
     return manifest
 
 
@@ -144,20 +148,22 @@ def load(run: Path, state: State, step: int | None = None) -> Manifest:
     Raises CheckpointError where the checkpoint is missing or damaged or does not fit the state. Every rank calls it.
     """
     manifest = verify(run, step, hash_up_to=HASHED_BYTES)
+    state = {name: item for name, item in state.items() if name not in ASIDE or _has(manifest, name, item)}
     held = {"json": manifest.json, "rows": manifest.rows}
     for kind, names in held.items():
         wanted = {name for name, item in state.items() if isinstance(item, Json if kind == "json" else Rows)}
-        if wanted != set(names):
-            raise _other_state(run, manifest, wanted ^ set(names))
+        if others := wanted ^ (names.keys() - (ASIDE - state.keys())):
+            raise _other_state(run, manifest, others)
     for name, item in state.items():
         if isinstance(item, Json):
             item.set(manifest.json[name])
         elif isinstance(item, Rows):
             item.store.restore(manifest.rows[name])
-    _load_tensors(run, manifest, _flat(state), "")
-    for item in state.values():
+    tensors = {name: item.get() for name, item in state.items() if isinstance(item, Tensors)}
+    _load_tensors(run, manifest, _named(tensors), "", left=ASIDE - state.keys())
+    for name, item in state.items():
         if isinstance(item, Tensors):
-            item.set(item.get())
+            item.set(tensors[name])
     return manifest
 
 
@@ -215,15 +221,14 @@ def _take_lock(file: Any) -> str | None:
 
 
 def _flat(state: State) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": tensor
-        for name, item in state.items()
-        if isinstance(item, Tensors)
-        for key, tensor in item.get().items()
-    }
+    return _named({name: item.get() for name, item in state.items() if isinstance(item, Tensors)})
 
 
-def _everywhere(group: dist.ProcessGroup | None, problem: str, act: Callable[[], T]) -> list[T]:
+def _named(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for name, group in tensors.items() for key, tensor in group.items()}
+
+
+def everywhere(group: dist.ProcessGroup | None, problem: str, act: Callable[[], T]) -> list[T]:
     """`act` on every rank; its results by rank. What stopped it on one is raised on all, with that rank's number."""
     result: T | None = None
     told: tuple[str, bool] | None = None
@@ -276,20 +281,20 @@ def _commit(folder: Path, snapshot: Snapshot, manifest: Manifest) -> None:
     write_manifest(folder, manifest)
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """A checkpoint, or what there is of one; a kill on the way leaves an incomplete one."""
     (folder / "manifest.json").unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
-def _retain(run: Path, snapshot: Snapshot, retention: CheckpointConfig) -> None:
+def _retain(run: Path, snapshot: Snapshot, retention: CheckpointConfig, stays: frozenset[int]) -> None:
     """Drop checkpoints, then the row files that none names any more (but no row file while a manifest is damaged)."""
     steps = complete_steps(run)
     manifests = {step: _undamaged(run, step) for step in steps} if retention.keep_best or snapshot.stores else {}
     losses = {step: manifest.heldout_loss if (manifest := manifests.get(step)) else None for step in steps}
-    stay = kept(losses, retention)
+    stay = kept(losses, retention) | (stays & set(steps))
     for step in set(steps) - stay:
-        _remove(folder_of(run, step))
+        remove(folder_of(run, step))
     staying = [manifest for step in stay if (manifest := manifests.get(step))]
     for name, store in snapshot.stores.items():
         named = {entry["file"] for manifest in staying for entry in manifest.rows.get(name, {}).values()}
@@ -304,10 +309,24 @@ def _undamaged(run: Path, step: int) -> Manifest | None:
         return None
 
 
-def _load_tensors(run: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: str) -> None:
-    """In place; `tensors` and what the checkpoint holds under `prefix` must have the same names and shapes."""
+def _has(manifest: Manifest, name: str, item: Tensors | Rows | Json) -> bool:
+    """Whether a checkpoint has this state, in this shape."""
+    if isinstance(item, Tensors):
+        held = {key: shape for key, shape in manifest.tensors.items() if key.split(".")[0] == name}
+        return held == {f"{name}.{key}": list(tensor.shape) for key, tensor in item.get().items()}
+    return name in manifest.json or name in manifest.rows
+
+
+def _load_tensors(
+    run: Path, manifest: Manifest, tensors: dict[str, Tensor], prefix: str, left: Collection[str] = ()
+) -> None:
+    """In place; `tensors` and what the checkpoint holds under `prefix` must have the same names and shapes.
+
+    left: states of the checkpoint that are left out.
+    """
     folder = folder_of(run, manifest.cursor.units)
-    held = {key: shape for key, shape in manifest.tensors.items() if key.startswith(prefix)}
+    wanted = {key: shape for key, shape in manifest.tensors.items() if key.split(".")[0] not in left}
+    held = {key: shape for key, shape in wanted.items() if key.startswith(prefix)}
     fix = "Use the recipe that the checkpoint was made with, or another run directory."
     for key, tensor in tensors.items():
         if key not in held:

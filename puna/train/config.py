@@ -55,9 +55,10 @@ class TrainConfig(Section):
         "sequences",
         ge=1,
     )
-    optimizer: Literal["adamw", "muon"] = setting(
+    optimizer: Literal["adamw", "stable_adamw", "muon"] = setting(
         "adamw",
-        "adamw: decoupled weight decay; muon: orthogonalised momentum for the block matrices, AdamW for the rest",
+        "adamw: decoupled weight decay; stable_adamw: the same with each tensor's update clipped by its RMS (use "
+        "train.clip 0); muon: orthogonalised momentum for the block matrices, AdamW for the rest",
     )
     init: Literal["normal", "zero_out"] = setting(
         "normal",
@@ -70,6 +71,11 @@ class TrainConfig(Section):
     eps: float = setting(1e-8, "AdamW's epsilon", gt=0)
     weight_decay: float = setting(0.1, "decoupled weight decay of matrices; gains have none", ge=0)
     clip: float = setting(1.0, "global gradient norm above which gradients are scaled down; 0: never", ge=0)
+    clip_rule: Literal["norm", "zclip", "spam"] = setting(
+        "norm",
+        "what is clipped beside train.clip; norm: nothing; zclip: a norm that is unusual for this run; spam: "
+        "coordinates far beyond AdamW's second moment, whose moments begin anew every 500 steps",
+    )
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(
         "auto", "compute dtype; auto: bf16 where this machine multiplies bf16 matrices faster than fp32, else fp32"
     )
@@ -134,12 +140,67 @@ class EvalConfig(Section):
     tokens: int = setting(65_536, "held-out tokens of one evaluation", "tokens", ge=0)
 
 
+class HealthConfig(Section):
+    """The health monitor: what is looked at, how often it is recorded, from where on it is called unusual."""
+
+    enabled: bool = setting(True, "watch the optimiser's state in every step (weights are the same with and without)")
+    act: bool = setting(False, "let the controller steer: per-tensor epsilon, ramped reset, clip, skip, roll back")
+    sample: int = setting(
+        4096, "most coordinates of a tensor that are looked at; fixed, spread evenly", "coordinates", ge=64
+    )
+    record_every: int = setting(20, "steps between health records", "steps", ge=1)
+    histogram_every: int = setting(50, "steps between histograms of the update", "steps", ge=1)
+    settle: int = setting(50, "steps after an announced change with thresholds of the update doubled", "steps", ge=0)
+    hold: int = setting(50, "steps without evidence before the state falls back", "steps", ge=1)
+    surprise: float = setting(
+        10.0, "watch: gradient RMS of a tensor over the RMS that Adam's second moment expects", gt=1
+    )
+    surge: float = setting(10.0, "alarm: the surprise that half of all tensors exceed at once", gt=1)
+    lurch: float = setting(
+        4.0,
+        "alarm, with lurch_size: median over tensors of the update over the weights, in multiples of its usual",
+        gt=1,
+    )
+    lurch_size: float = setting(0.08, "alarm, with lurch: median over tensors of the update over the weights", gt=0)
+    leap: float = setting(8.0, "alarm: as lurch, whatever the size", gt=1)
+    stride: float = setting(
+        20.0, "alarm, with stride_size: update of one tensor over its weights, in multiples of its usual", gt=1
+    )
+    stride_size: float = setting(0.1, "alarm, with stride: update of one tensor over its weights", gt=0)
+    chorus: float = setting(0.7, "alarm, with chorus_rise: median over tensors of the RMS of update over rate", gt=0)
+    chorus_rise: float = setting(2.5, "alarm, with chorus: the same in multiples of its usual", gt=1)
+    u_rms: float = setting(0.6, "watch, with f9 and bimodality: RMS of the update over the rate", gt=0)
+    f9: float = setting(0.3, "watch, with u_rms and bimodality: share of coordinates that move by over 0.9 rates", gt=0)
+    bimodality: float = setting(0.555, "watch, with u_rms and f9: bimodality coefficient of the update", gt=0)
+    stall: float = setting(10.0, "watch: median of sqrt(v) over epsilon", gt=0)
+    below_eps: float = setting(0.5, "watch: share of coordinates with sqrt(v) below epsilon", gt=0, le=1)
+    lag_cosine: float = setting(0.6, "watch: running mean of the cosine of successive gradients", gt=0, lt=1)
+    descent_cosine: float = setting(0.1, "watch, with u_rms above 0.5: cosine of update and gradient", gt=-1, lt=1)
+    update_ratio: float = setting(10.0, "watch: update of one tensor over its weights, in multiples of its usual", gt=1)
+    stable_rms: float = setting(2.5, "watch: StableAdamW's RMS of the gradient over sqrt(v)", gt=1)
+    loss_z: float = setting(6.0, "alarm: robust z of the loss, three steps in a row", gt=0)
+    norm_z: float = setting(6.0, "watch: robust z of the logarithm of the global gradient norm", gt=0)
+    max_logit: float = setting(1e3, "watch: largest attention logit", gt=0)
+    good_after: int = setting(
+        200,
+        "act: steps without a reset or worse after which a checkpoint is good; the last 3 of them stay",
+        "steps",
+        ge=1,
+    )
+    margin: int = setting(
+        100, "act: a roll-back goes to a good checkpoint at least so long before the trouble began", "steps", ge=0
+    )
+    wait: int = setting(200, "act: longest time that a spike of the loss may take to fall by itself", "steps", ge=1)
+    recover: int = setting(1000, "act: steps at 0.7 of the rate after a roll-back", "steps", ge=0)
+
+
 class LoopConfig(Section):
     """What the run loop itself needs, whatever the task."""
 
     run: RunConfig = RunConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
+    health: HealthConfig = HealthConfig()
 
     @model_validator(mode="after")
     def _eval_needs_tokens(self) -> "LoopConfig":

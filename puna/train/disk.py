@@ -32,13 +32,15 @@ def require_plan(
     schedule: ScheduleConfig,
     num_parameters: int,
     num_there: int,
+    num_guarded: int = 0,
 ) -> None:
     """Raise DiskFull unless the checkpoints that the run will hold at once fit; `num_there` of them are there already.
 
     While one is written the older ones stay, so there are checkpoint.keep + 1, and those that are kept for good.
+    num_guarded: most that the controller keeps.
     """
     each = checkpoint_bytes(train, schedule, num_parameters)
-    num_missing = max(1, num_held(checkpoint, train, schedule) - num_there)
+    num_missing = max(1, num_held(checkpoint, train, schedule) + num_guarded - num_there)
     free = free_bytes(run)
     if num_missing * each > free:
         there = f" beside the {num_there} that are there" if num_there else ""

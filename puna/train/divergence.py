@@ -42,7 +42,8 @@ class FirstSteps:
             return
         self._left -= 1
         when = f"before step {cursor.units + 1}"
-        require_same(self._run, {"units done": cursor.units, "tokens done": cursor.tokens}, when)
+        done = {"units done": cursor.units, "tokens done": cursor.tokens, "tokens passed over": cursor.skipped}
+        require_same(self._run, done, when)
         require_disjoint(self._run, self._task.samples(unit), when)
         require_replicas(self._run, self._task.state(), when)
 

@@ -30,7 +30,7 @@ def explain(run: Path, num_processes: int, seed: int, changed: Mapping[str, tupl
         "checkpoint": str(folder_of(run, step)),
         "older_checkpoints": complete_steps(run)[:-1],
         "cursor": {"step": step, "tokens": manifest.cursor.tokens},
-        "data": _data(manifest.cursor.tokens, seed, events),
+        "data": _data(manifest.cursor.position, seed, events),
         "restored": {name: _content(manifest, name) for name in manifest.states},
         "resharded": _resharded(manifest, world_size),
         "reset": _reset(manifest, world_size),

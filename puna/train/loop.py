@@ -10,13 +10,14 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from puna.errors import PunaError, Unfinished
-from puna.train import checkpoint, mesh
+from puna.train import checkpoint, mesh, rollback
 from puna.train.config import LoopConfig
 from puna.train.divergence import FirstSteps
+from puna.train.manifest import Manifest, complete_steps
 from puna.train.metrics import MFU_FORMULA, Recorder, peak_memory_bytes
 from puna.train.phase import begin_unit, during, enter
 from puna.train.saver import Saver
-from puna.train.task import Cursor, StepReport, Task, seed_step
+from puna.train.task import Cursor, Setback, StepReport, Task, seed_step
 
 
 class Run:
@@ -50,8 +51,8 @@ class Run:
         """Work from the newest checkpoint (or the start) to the end of the work.
 
         Raises Unfinished when stopped by SIGTERM or SIGINT, or where the work ends before `total_tokens`, after saving;
-        RunLocked; CheckpointError where the newest checkpoint does not fit, or one could not be written; and what the
-        task raises, without saving.
+        RunLocked; CheckpointError where the newest checkpoint does not fit, or one could not be written; Diverged where
+        a setback leaves no checkpoint to go back to; and what the task raises, without saving.
         """
         with (
             checkpoint.hold_lock(self.run),
@@ -80,15 +81,14 @@ class Run:
             self._record.say(f"{folder.name} is incomplete (a save was cut short) and is passed over")
         manifest = checkpoint.latest(self.run)
         if manifest:
-            checkpoint.load(self.run, self.task.state(), manifest.cursor.units)
-            self.cursor, self._saver.step = manifest.cursor, manifest.cursor.units
+            self._restore(manifest)
             ranks = {"world_size": mesh.world_size(), "saved_world_size": manifest.world_size}
             self._record.event("resume", step=self.cursor.units, tokens=self.cursor.tokens, **ranks)
             self._record.say(
                 f"resumed from step {self.cursor.units:,} ({self.cursor.tokens:,} tokens): "
                 f"{', '.join(self.task.state())}, saved by {manifest.world_size} processes, now {mesh.world_size()}"
             )
-        elif self.config.checkpoint.initial:
+        elif self.config.checkpoint.initial or self.task.controller:
             self._save()
         self._record.begin(
             self.run,
@@ -98,17 +98,28 @@ class Run:
             tensorboard=self.config.run.tensorboard,
         )
 
+    def _restore(self, manifest: Manifest) -> None:
+        checkpoint.load(self.run, self.task.state(), manifest.cursor.units)
+        self.cursor, self._saver.step = manifest.cursor, manifest.cursor.units
+
     def _work(self) -> None:
         first_steps = FirstSteps(self.run, self.task)
+        while self._stretch(first_steps):
+            pass
+
+    def _stretch(self, first_steps: FirstSteps) -> bool:
+        """From the cursor to the end of the work (False), or until the cursor is another than the units' (True)."""
         for unit, data_wait_s in _timed(self.task.units(self.cursor)):
             began = time.perf_counter()
             begin_unit(self.cursor.units, self.task.samples(unit))
             first_steps.check(self.cursor, unit)
             seed_step(self.config.run.seed, self.cursor.units, mesh.rank())
             report = self.task.step(unit)
-            self.cursor = self.cursor.after(report.tokens)
+            self.cursor = self.cursor.after(report.tokens, report.passed)
             stop = self._after_step(report, time.perf_counter() - began, data_wait_s)
-            if self._due(self.config.eval.every) and not stop:
+            if report.setback:
+                self._roll_back(report.setback, report.tokens)
+            elif self._due(self.config.eval.every) and not stop:
                 self._evaluate()
             if self._due(self.config.checkpoint.every) or stop:
                 self._save(last=stop)
@@ -116,6 +127,34 @@ class Run:
                 raise Unfinished(
                     f"stopped by a signal at step {self.cursor.units}; the same command resumes from there"
                 )
+            if report.setback or report.passed:
+                return True
+        return False
+
+    @during("checkpoint")
+    def _roll_back(self, setback: Setback, tokens: int) -> None:
+        """Go back to a checkpoint from before the setback, past the data that was read since."""
+        assert self.task.controller
+        self._saver.wait()
+        left = self.cursor
+        manifest, target = rollback.roll_back(self.run, self.task.controller, setback, left, tokens)
+        self._restore(manifest)
+        self._evaluated = -1
+        self._record.rewind(self.cursor.units)
+        self._record.event(
+            "rollback",
+            step=self.cursor.units,
+            tokens=self.cursor.tokens,
+            skipped=self.cursor.skipped,
+            onset=setback.onset,
+            reason=setback.reason,
+            checkpoint="good" if target.good else "fallback",
+            **{"from": left.units},
+        )
+        self._record.say(
+            f"step {left.units:,}: {setback.reason}. Back to step {self.cursor.units:,}; "
+            f"{self.cursor.position - manifest.cursor.tokens:,} tokens of the data are passed over"
+        )
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.cursor.units % every == 0
@@ -125,21 +164,23 @@ class Run:
         mine = [float(self._signals.received), float(self._saver.failed)]
         mine += [step_s, data_wait_s, float(peak_memory_bytes())]
         stop, save_failed, step_s, data_wait_s, memory = mesh.agree(mine, "max")
-        tokens_per_s = report.tokens / (step_s + data_wait_s)
+        for record in report.records:
+            self._record.health(record)
+        tokens_per_s = (report.tokens + report.passed) / (step_s + data_wait_s)
         mfu = {"mfu": tokens_per_s * self._mfu_per_rate} if self._mfu_per_rate else {}
-        self._record.step(
-            {
-                "step": self.cursor.units,
-                "tokens": self.cursor.tokens,
-                "loss": report.loss,
-                **report.metrics,
-                "tokens_per_s": tokens_per_s,
-                **mfu,
-                "peak_memory_bytes": int(memory),
-                "data_wait_s": data_wait_s,
-                "step_s": step_s,
-            }
-        )
+        figures = {
+            "step": self.cursor.units,
+            "tokens": self.cursor.tokens,
+            "loss": report.loss,
+            **report.metrics,
+            "tokens_per_s": tokens_per_s,
+            **mfu,
+            "peak_memory_bytes": int(memory),
+            "data_wait_s": data_wait_s,
+            "step_s": step_s,
+        }
+        if math.isfinite(report.loss):
+            self._record.step(figures)
         if save_failed:
             self._saver.wait()
         self._saver.collect()
@@ -157,7 +198,9 @@ class Run:
     @during("checkpoint")
     def _save(self, *, last: bool = False) -> None:
         loss = self._heldout_loss if self._evaluated == self.cursor.units else None
-        self._saver.save(self.task.state(), self.cursor, loss, last=last)
+        controller, steps = self.task.controller, [*complete_steps(self.run), self.cursor.units]
+        stays = controller.stays(steps, self.cursor.units) if controller else frozenset()
+        self._saver.save(self.task.state(), self.cursor, loss, stays=stays, last=last)
 
     def _require_end(self) -> None:
         total = self.described.get("total_tokens", 0)

@@ -13,9 +13,10 @@ from puna.errors import CheckpointError
 from puna.train.hashed import sha256_of
 from puna.train.task import Cursor
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {  # from a version to the next one
-    1: lambda raw: raw | {"heldout_loss": None}
+    1: lambda raw: raw | {"heldout_loss": None},
+    2: lambda raw: raw,  # cursors got `skipped`, 0 unless it is there
 }
 FIX = "The checkpoint is damaged; remove its folder to use an older one."
 

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress, TaskID
 
 from puna.console import bar, err
+from puna.diagnosis.records import REACH, STATES, STATISTICS, watched
 
 MFU_FORMULA = "mfu = tokens_per_s * flops_per_token / (world_size * peak_flops)"
 LINE_SECONDS = 10.0  # between lines where stderr is not a terminal
@@ -56,10 +57,10 @@ def read_events(run: Path) -> list[dict[str, Any]]:
 
 
 def last_steps(events: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The step records that count, by step: a resume takes back what came after the step it resumed from."""
+    """The step records that count, by step: a resume or a roll-back takes back what came after the step it goes to."""
     steps: dict[int, dict[str, Any]] = {}
     for event in events:
-        if event["event"] == "resume":
+        if event["event"] in ("resume", "rollback"):
             steps = {step: record for step, record in steps.items() if step <= event["step"]}
         elif event["event"] == "step":
             steps[event["step"]] = event
@@ -87,16 +88,45 @@ class Board:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import FileWriter
 
-        self._summary = Summary
+        self._summary, self._layers = Summary, {"event": "health_start"}
         self._writer = FileWriter(str(run / "tensorboard"))
         self._writer.add_event(Event(file_version="brain.Event:2"), step)
-        # Points after this step come from a process that was killed; TensorBoard drops them.
-        self._writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
+        self._start = Event(session_log=SessionLog(status=SessionLog.START))
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Have TensorBoard drop the points after this step, which a kill or a roll-back has taken back."""
+        self._writer.add_event(self._start, step + 1)
 
     def write(self, prefix: str, step: int, numbers: Mapping[str, float]) -> None:
         """One point on each curve."""
         values = [self._summary.Value(tag=f"{prefix}/{name}", simple_value=value) for name, value in numbers.items()]
         self._writer.add_summary(self._summary(value=values), step)
+
+    def health(self, record: Mapping[str, Any]) -> None:
+        """A record of the health monitor: each layer's worst statistics, its histogram of updates, the state 0 to 2."""
+        if record["event"] == "health_start":
+            self._layers = record
+        elif record["event"] == "health":
+            seen = watched([self._layers, dict(record)])
+            worst = {key: seen.worst(key) for key in STATISTICS}
+            points = {f"{key}/{layer}": line[0][1] for key, lines in worst.items() for layer, line in lines.items()}
+            self.write("health", record["step"], points)
+        elif record["event"] == "health_change":
+            self.write("health", record["step"], {"state": STATES.index(record["state"])})
+        elif record["event"] == "health_histogram":
+            values = [self._histogram(layer, counts) for layer, counts in record["layers"].items()]
+            self._writer.add_summary(self._summary(value=values), record["step"])
+
+    def _histogram(self, layer: str, counts: Sequence[float]) -> Any:
+        pace = 2 * REACH / len(counts)
+        limits = [-REACH + pace * (i + 1) for i in range(len(counts))]
+        total = sum((limit - pace / 2) * count for limit, count in zip(limits, counts, strict=True))
+        squares = sum((limit - pace / 2) ** 2 * count for limit, count in zip(limits, counts, strict=True))
+        histogram = {"min": -REACH, "max": REACH, "num": sum(counts), "sum": total, "sum_squares": squares}
+        return self._summary.Value(
+            tag=f"health/updates/{layer}", histo={**histogram, "bucket_limit": limits, "bucket": counts}
+        )
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -159,6 +189,17 @@ class Recorder:
         """A record that is neither step nor evaluation."""
         if self._events:
             self._events.write(event, **fields)
+
+    def health(self, record: Mapping[str, Any]) -> None:
+        """A record of the health monitor or its controller, to events and TensorBoard."""
+        self.event(**record)
+        if self._board:
+            self._board.health(record)
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to this step."""
+        if self._board:
+            self._board.rewind(step)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """A step's record, to all three."""

@@ -12,21 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from puna.train.config import TrainConfig
+from puna.train.sharding import local, sharded_over
+from puna.train.stable_adamw import StableAdamW
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_over(tensor: Tensor) -> int:
-    """Number of ranks that one copy of the tensor is cut over."""
-    if not isinstance(tensor, DTensor):
-        return 1
-    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
-    return math.prod(size for size, placement in sizes if placement.is_shard())
 
 
 def make_optimizers(
@@ -43,6 +32,9 @@ def make_optimizers(
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     if train.optimizer == "adamw":
         return {"adamw": adamw((p for _, p in named), train)}
+    if train.optimizer == "stable_adamw":
+        groups = decay_groups((p for _, p in named), train)
+        return {"stable_adamw": StableAdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps)}
     matrices = [p for name, p in named if is_block_matrix(name, p)]
     rest = [p for name, p in named if not is_block_matrix(name, p)]
     muon = Muon(matrices, lr=train.muon_lr, weight_decay=train.weight_decay, dtype=muon_dtype)
@@ -51,13 +43,17 @@ def make_optimizers(
 
 def adamw(parameters: Iterable[nn.Parameter], train: TrainConfig) -> AdamW:
     """Fused AdamW; matrices decay, gains and other 1-D parameters do not."""
+    return AdamW(decay_groups(parameters, train), lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+
+
+def decay_groups(parameters: Iterable[nn.Parameter], train: TrainConfig) -> list[dict[str, Any]]:
+    """Parameter groups: matrices, which decay, and 1-D parameters, which do not."""
     parameters = list(parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
-    return AdamW(groups, lr=train.lr, betas=train.betas, eps=train.eps, fused=True)
+    return [group for group in groups if group["params"]]
 
 
 class Muon(Optimizer):
@@ -157,7 +153,7 @@ def orthogonalize(matrix: Tensor, dtype: torch.dtype = torch.float32, num_steps:
 
 def optimizer_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """Live state tensors as "PARAMETER.KEY", made where no step has made them. Settings are the recipe's, not state."""
-    _make_state(optimizer)
+    make_state(optimizer)
     return {
         f"{names[p]}.{key}": tensor
         for group in optimizer.param_groups
@@ -166,7 +162,7 @@ def optimizer_tensors(optimizer: Optimizer, names: Mapping[nn.Parameter, str]) -
     }
 
 
-def _make_state(optimizer: Optimizer) -> None:
+def make_state(optimizer: Optimizer) -> None:
     """State as before the first step: a step of zero gradients at rate 0 where there is none, then zeroed."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     fresh = [p for p in parameters if p.requires_grad and not optimizer.state.get(p)]

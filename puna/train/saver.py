@@ -39,16 +39,25 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
 
-    def save(self, state: State, cursor: Cursor, heldout_loss: float | None = None, *, last: bool = False) -> None:
+    def save(
+        self,
+        state: State,
+        cursor: Cursor,
+        heldout_loss: float | None = None,
+        *,
+        stays: frozenset[int] = frozenset(),
+        last: bool = False,
+    ) -> None:
         """Save the state after a step, once the save before it is written; `last`: it is on disk when this returns.
 
+        stays: steps of checkpoints that are kept beside those that the settings keep.
         Raises CheckpointError (a rank could not write, now or in the save before) and, for the last one, DiskFull.
         """
         self.wait()
         if self.step == cursor.units:
             return
         try:
-            self._begin(state, cursor, heldout_loss, aside=self.config.asynchronous and not last)
+            self._begin(state, cursor, heldout_loss, stays, aside=self.config.asynchronous and not last)
         except DiskFull as error:
             if last:
                 raise
@@ -91,20 +100,22 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def _begin(self, state: State, cursor: Cursor, heldout_loss: float | None, *, aside: bool) -> None:
+    def _begin(
+        self, state: State, cursor: Cursor, heldout_loss: float | None, stays: frozenset[int], *, aside: bool
+    ) -> None:
         began = time.perf_counter()
         free = mesh.from_rank_0(disk.free_bytes(self.run))
         disk.require_room(self.run, cursor.units, checkpoint.needed_bytes(state), free)
         snapshot = checkpoint.take_snapshot(state, cursor, heldout_loss, copied=aside)
         if aside:
             held_s = time.perf_counter() - began
-            self._pending = _Pending(cursor.units, began, held_s, self._thread.submit(self._write, snapshot))
+            self._pending = _Pending(cursor.units, began, held_s, self._thread.submit(self._write, snapshot, stays))
         else:
-            manifest, end = self._write(snapshot)
+            manifest, end = self._write(snapshot, stays)
             self._tell(manifest, end - began, end - began)
 
-    def _write(self, snapshot: checkpoint.Snapshot) -> tuple[Manifest, float]:
-        manifest = checkpoint.write(self.run, snapshot, self.config, self._group)
+    def _write(self, snapshot: checkpoint.Snapshot, stays: frozenset[int]) -> tuple[Manifest, float]:
+        manifest = checkpoint.write(self.run, snapshot, self.config, self._group, stays)
         return manifest, time.perf_counter()
 
     def _tell(self, manifest: Manifest, seconds: float, held_s: float) -> None:

@@ -1,14 +1,29 @@
-"""Mistakes in sharding that would train nothing, or fail far from their cause."""
+"""Sharded tensors: this rank's part of them; mistakes that would train nothing, or fail far from their cause."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from puna.errors import ShardingError
 
 Units = Mapping[str, Sequence[nn.Module]]
 """Modules that FSDP takes as one unit, by name; a unit may enclose others, whose parameters are not its own."""
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_over(tensor: Tensor) -> int:
+    """Number of ranks that one copy of the tensor is cut over."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    return math.prod(size for size, placement in sizes if placement.is_shard())
 
 
 def refuse_shared(units: Units) -> None:

@@ -4,7 +4,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -17,9 +17,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from puna.errors import DataError, NonFinite
+from puna.errors import DataError, Diverged, NonFinite
 from puna.train import mesh
+from puna.train.actions import Limits, Recovery, Verdict
+from puna.train.clipping import SpamClip, ZClip
+from puna.train.config import HealthConfig
+from puna.train.controller import Controller
 from puna.train.optim import Average, LossScale, local, optimizer_tensors, sharded_over
+from puna.train.oversight import Oversight
 from puna.train.phase import during
 from puna.train.rows import RowStore
 from puna.train.sharding import refuse_early
@@ -31,25 +36,45 @@ class Cursor:
 
     units: int = 0  # units of work done (a unit is a batch for a language model, a bucket for a graph)
     tokens: int = 0  # tokens (or edges, rows) consumed over all ranks
+    skipped: int = 0  # tokens of the data that were passed over: batches left out, spans that roll-backs leap
 
-    def after(self, tokens: int) -> "Cursor":
-        """The cursor one unit and `tokens` tokens later."""
-        return Cursor(self.units + 1, self.tokens + tokens)
+    @property
+    def position(self) -> int:
+        """Where the next unit begins in the data."""
+        return self.tokens + self.skipped
+
+    def after(self, tokens: int, passed: int = 0) -> "Cursor":
+        """The cursor one unit later, with `tokens` more consumed and `passed` more passed over."""
+        return Cursor(self.units + 1, self.tokens + tokens, self.skipped + passed)
+
+
+@dataclass(frozen=True)
+class Setback:
+    """Something that began at step `onset` and that the run is to leave by going back to a checkpoint before it."""
+
+    onset: int
+    reason: str
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What one unit of work came to; the same on every rank."""
 
-    loss: float  # mean over the global weight
+    loss: float  # mean over the global weight; finite unless there is a setback
     weight: int  # target tokens (rows, edges) over all ranks
     tokens: int  # what the cursor advances by
     metrics: dict[str, float] = field(default_factory=dict)
+    passed: int = 0  # tokens of a unit that was left out, which are not consumed but passed over
+    records: Sequence[dict[str, Any]] = ()  # of the health monitor, each with its "event"
+    setback: Setback | None = None
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """State in torch DCP: `get` gives the live tensors by name, which are loaded in place; then `set` is called."""
+    """State in torch DCP: `get` gives tensors by name, into which a load copies; `set` is then called with them.
+
+    Where they are the live ones, there is nothing to set.
+    """
 
     get: Callable[[], dict[str, Tensor]]
     set: Callable[[dict[str, Tensor]], None] = lambda tensors: None
@@ -72,9 +97,14 @@ class Json:
 
 State = dict[str, Tensors | Rows | Json]
 
+ASIDE = frozenset({"health", "health_sample", "controller"})
+"""States that are restored where a checkpoint has them in this shape, and that begin anew where it does not."""
+
 
 class Task(ABC):
     """Work in units, under the one loop. Every rank calls every method at the same time."""
+
+    controller: Controller | None = None  # where there is one, the run may go back to a checkpoint
 
     @abstractmethod
     def units(self, cursor: Cursor) -> Iterator[Any]:
@@ -130,7 +160,10 @@ class GradientTask(Task):
     plain ones are averaged over the ranks. A module without gradients in a step (another phase) is not stepped.
 
     learning_rate: multiplier of every group's own rate, from consumed tokens; asked at the middle of the step.
-    average_from: whether weights are averaged after a step that ends at these tokens.
+    clip: global norm above which gradients are scaled down, 0: none. zclip, spam: rules that know what is usual.
+    averages: whether weights are averaged after a step that ends at these tokens.
+    health: how the optimisers are watched, and whether a controller acts; None: not at all. limits: the controller's,
+    else those that `health` comes to.
     """
 
     def __init__(
@@ -140,43 +173,56 @@ class GradientTask(Task):
         *,
         learning_rate: Callable[[float], float] = lambda tokens: 1.0,
         clip: float = 0.0,
+        zclip: ZClip | None = None,
+        spam: SpamClip | None = None,
         loss_scale: LossScale | None = None,
         average: Average | None = None,
         averages: Callable[[int], bool] = lambda tokens: True,
+        health: HealthConfig | None = None,
+        limits: Limits | None = None,
     ) -> None:
         refuse_early(modules, optimizers)
         self.modules, self.optimizers = dict(modules), dict(optimizers)
-        self.learning_rate, self.clip = learning_rate, clip
+        self.learning_rate, self.clip, self.zclip, self.spam = learning_rate, clip, zclip, spam
         self.loss_scale, self.average, self.averages = loss_scale, average, averages
         self._names = {p: f"{m}.{n}" for m, module in modules.items() for n, p in module.named_parameters()}
-        self._groups = [(group, group["lr"]) for opt in optimizers.values() for group in opt.param_groups]
-        self._parameters = [p for group, _ in self._groups for p in group["params"] if p.requires_grad]
+        groups = [group for optimizer in optimizers.values() for group in optimizer.param_groups]
+        self._groups = [(group, group["lr"], group.get("betas")) for group in groups]
+        self._parameters = [p for group in groups for p in group["params"] if p.requires_grad]
         self._shares = {p: math.sqrt(sharded_over(p) / mesh.world_size()) for p in self._parameters}
         for parameter in self._parameters:
             if parameter.dtype not in (torch.float32, torch.float64):
                 raise TypeError(
                     f"{self._names[parameter]} is {parameter.dtype}; trained parameters are kept in float32"
                 )
+        self._oversight: Oversight | None = None
+        if health and health.enabled:
+            self._oversight = Oversight(self.modules, self.optimizers, health, limits)
+        self.controller = self._oversight.controller if self._oversight else None
 
     @abstractmethod
     def loss_sum(self, batch: Any) -> Tensor:
         """Sum (not mean) of the losses over the batch's `weight` targets, a scalar with a graph."""
 
     def step(self, unit: GradientUnit) -> StepReport:
-        """One optimiser step. Raises DataError (no targets) and NonFinite; neither changes a weight."""
+        """One optimiser step. Raises DataError (no targets), NonFinite (no controller), Diverged (a controller at its
+        wits' end); none changes a weight. With a controller, a step that is not finite ends in a setback.
+        """
         weight = self._global_weight(unit)
-        lr = self._set_learning_rate(unit.cursor.tokens + unit.tokens / 2)
+        lr = self._set_learning_rate(unit)
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         losses = self.accumulate(unit, scale * mesh.world_size() / weight)
-        loss_sum, norm = self._vote(unit, losses, scale)
-        if math.isfinite(norm):
-            self._update(norm, scale, unit.cursor.tokens + unit.tokens)
+        loss_sum, norm = self._vote(losses, scale)
+        verdict = self._judge(unit, losses, loss_sum / weight, norm)
+        taken = verdict.kind == "go" and self._update(norm, scale, unit.cursor.tokens + unit.tokens)
         self._zero_grad()
-        metrics = {"lr": lr} | ({"grad_norm": norm} if math.isfinite(norm) else {"skipped": 1.0})
+        metrics = {"lr": lr} | ({"grad_norm": norm} if math.isfinite(norm) else {})
+        metrics |= {} if taken else {"skipped": 1.0}
         if self.loss_scale:
             self.loss_scale.update(math.isfinite(norm))
             metrics["loss_scale"] = scale
-        return StepReport(loss_sum / weight, weight, unit.tokens, metrics)
+        report = StepReport(loss_sum / weight, weight, unit.tokens, metrics)
+        return self._overseen(report, verdict, taken) if self._oversight else report
 
     @during("forward/backward")
     def accumulate(self, unit: GradientUnit, factor: float) -> list[Tensor]:
@@ -207,6 +253,16 @@ class GradientTask(Task):
         if self.average:
             state["average"] = Tensors(self.average.tensors)
             state["average.count"] = Json(self.average.state, self.average.restore)
+        if self.zclip:
+            state["zclip"] = Json(self.zclip.state, self.zclip.restore)
+        if self.spam:
+            state["spam"] = Json(self.spam.state, self.spam.restore)
+        if self._oversight:
+            monitor = self._oversight.monitor
+            state["health"] = Json(self._oversight.numbers, self._oversight.restore)
+            state["health_sample"] = Tensors(monitor.state_tensors, monitor.restore_tensors)
+        if self.controller:
+            state["controller"] = Json(self.controller.numbers, self.controller.restore)
         return state
 
     def _global_weight(self, unit: GradientUnit) -> int:
@@ -219,10 +275,23 @@ class GradientTask(Task):
             )
         return int(weight)
 
-    def _set_learning_rate(self, tokens: float) -> float:
-        multiplier = self.learning_rate(tokens)
-        for group, peak in self._groups:
+    def _overseen(self, report: StepReport, verdict: Verdict, taken: bool) -> StepReport:
+        """The report with what monitor and controller have to tell; a batch that was left out is passed over."""
+        assert self._oversight
+        records = [*verdict.records, *self._oversight.take_records()]
+        if verdict.kind == "roll_back":
+            return replace(report, records=records, setback=Setback(verdict.onset, verdict.reason))
+        if self.controller and not taken and "grad_norm" in report.metrics:
+            return replace(report, records=records, tokens=0, passed=report.tokens)
+        return replace(report, records=records)
+
+    def _set_learning_rate(self, unit: GradientUnit) -> float:
+        recovery = self._oversight.begin(unit.cursor.units + 1, unit.tokens) if self._oversight else Recovery()
+        multiplier = self.learning_rate(unit.cursor.tokens + unit.tokens / 2) * recovery.rate
+        for group, peak, betas in self._groups:
             group["lr"] = peak * multiplier
+            if betas:
+                group["betas"] = (betas[0], min(betas[1], recovery.beta2))
         return self._groups[0][0]["lr"]
 
     def _reduce_gradients(self, last: bool) -> None:
@@ -244,11 +313,8 @@ class GradientTask(Task):
 
     @during("collective")
     @torch.no_grad()
-    def _vote(self, unit: GradientUnit, losses: list[Tensor], scale: float) -> tuple[float, float]:
-        """Loss sum over ranks and global gradient norm, by one all-reduce; NonFinite on all ranks if one is not finite.
-
-        With a loss scale a gradient that is not finite is an overflow, and its norm is returned.
-        """
+    def _vote(self, losses: list[Tensor], scale: float) -> tuple[float, float]:
+        """Loss sum over ranks and global gradient norm, by one all-reduce; not finite if one rank's are not."""
         trained = [p for p in self._parameters if p.grad is not None]
         norms = torch._foreach_norm([local(p.grad) for p in trained])
         shares = [self._shares[p] for p in trained]
@@ -257,11 +323,21 @@ class GradientTask(Task):
         if dist.is_initialized():
             dist.all_reduce(totals)
         loss_sum, square = totals.tolist()
-        norm = math.sqrt(square) / scale if square >= 0 else math.nan
-        overflow = self.loss_scale is not None and self.loss_scale.can_fall
-        if not math.isfinite(loss_sum) or not (math.isfinite(norm) or overflow):
+        return loss_sum, math.sqrt(square) / scale if square >= 0 else math.nan
+
+    def _judge(self, unit: GradientUnit, losses: list[Tensor], loss: float, norm: float) -> Verdict:
+        """Whether the step is taken. With a loss scale a gradient that is not finite is an overflow, and it is not."""
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if not finite and math.isfinite(loss) and self.loss_scale and self.loss_scale.can_fall:
+            return Verdict("skip")
+        if not finite and not self.controller:
             raise NonFinite(self._blame(unit, losses))
-        return loss_sum, norm
+        if not self._oversight:
+            return Verdict()
+        verdict = self._oversight.judge(unit.cursor.units + 1, loss, norm, "" if finite else self._blame(unit, losses))
+        if verdict.kind == "stop":
+            raise Diverged(f"step {unit.cursor.units + 1}: {verdict.reason}; two returns to a checkpoint did not help")
+        return verdict
 
     def _blame(self, unit: GradientUnit, losses: list[Tensor]) -> str:
         bad = [batch for batch, loss in zip(unit.batches, losses, strict=True) if not loss.isfinite()]
@@ -275,14 +351,18 @@ class GradientTask(Task):
 
     @during("optimizer")
     @torch.no_grad()
-    def _update(self, norm: float, scale: float, tokens: int) -> None:
-        factor = (min(1.0, self.clip / (norm + 1e-6)) if self.clip else 1.0) / scale
+    def _update(self, norm: float, scale: float, tokens: int) -> bool:
+        """Clip and step; whether weights changed."""
+        most = min(self.clip or math.inf, self.zclip.limit(norm) if self.zclip else math.inf)
+        factor = min(1.0, most / (norm + 1e-6)) / scale
         if factor != 1.0:
             torch._foreach_mul_([local(p.grad) for p in self._parameters if p.grad is not None], factor)
         for optimizer in self.optimizers.values():
             optimizer.step()
-        if self.average and self.averages(tokens):
+        taken = not (self.controller and self.controller.skipped)
+        if taken and self.average and self.averages(tokens):
             self.average.update()
+        return taken
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers.values():

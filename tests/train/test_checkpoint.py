@@ -6,6 +6,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def test_the_manifest_tells_what_is_there(tmp_path: Path) -> None:
     written = Holder(tmp_path).save(tmp_path, 3)
     folder = tmp_path / "checkpoints" / "step-00000003"
     raw = json.loads((folder / "manifest.json").read_text())
-    assert (raw["format_version"], raw["world_size"]) == (2, 1)
-    assert raw["cursor"] == {"units": 3, "tokens": 30}
+    assert (raw["format_version"], raw["world_size"]) == (3, 1)
+    assert raw["cursor"] == {"units": 3, "tokens": 30, "skipped": 0}
     assert raw["tensors"] == {"weights.a": [3, 2], "weights.b": []}
     assert raw["versions"]["torch"] == torch.__version__
     files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
@@ -188,10 +189,10 @@ def test_older_manifests_are_migrated_and_newer_ones_refused(tmp_path: Path, mon
         lambda old: {k: v for k, v in old.items() if k != "ranks"} | {"world_size": old["ranks"]},
     )
     loaded = checkpoint.load(tmp_path, holder.state())
-    assert (loaded.format_version, loaded.world_size, loaded.heldout_loss) == (2, 5, None)
-    path.write_text(json.dumps(raw | {"format_version": 3, "versions": {"puna": "9.9"}}))
+    assert (loaded.format_version, loaded.world_size, loaded.heldout_loss) == (3, 5, None)
+    path.write_text(json.dumps(raw | {"format_version": 4, "versions": {"puna": "9.9"}}))
     with pytest.raises(
-        CheckpointError, match=r"has format version 3; this Puna .* reads up to 2. Use the Puna .* \(9\.9\)"
+        CheckpointError, match=r"has format version 4; this Puna .* reads up to 3. Use the Puna .* \(9\.9\)"
     ):
         checkpoint.load(tmp_path, holder.state())
 
@@ -208,6 +209,38 @@ def test_a_checkpoint_of_the_first_format_is_read_and_verified(tmp_path: Path) -
     path.write_text(json.dumps(first | {"format_version": 1}))
     checkpoint.verify(tmp_path)
     assert checkpoint.load(tmp_path, Holder(tmp_path).state()).heldout_loss is None
+
+
+def test_a_cursor_of_the_second_format_has_passed_over_nothing(tmp_path: Path) -> None:
+    holder = Holder(tmp_path)
+    holder.save(tmp_path, 1)
+    path = tmp_path / "checkpoints" / "step-00000001" / "manifest.json"
+    raw = json.loads(path.read_text())
+    del raw["sha256"], raw["cursor"]["skipped"]
+    second = raw | {"format_version": 2}
+    path.write_text(json.dumps(second | {"sha256": hashlib.sha256(json.dumps(second).encode()).hexdigest()}))
+    assert checkpoint.load(tmp_path, holder.state()).cursor == Cursor(1, 10, 0)
+
+
+def test_states_aside_are_restored_where_they_fit_and_begin_anew_elsewhere(tmp_path: Path) -> None:
+    kept: dict[str, Any] = {"health": 5, "sample": torch.ones(3)}
+
+    def state(size: int = 3) -> State:
+        return Holder(tmp_path).state() | {
+            "health": Json(lambda: kept["health"], partial(kept.__setitem__, "health")),
+            "health_sample": Tensors(lambda: {"a": kept["sample"][:size]}),
+        }
+
+    checkpoint.save(tmp_path, Holder(tmp_path).state(), Cursor(1, 10), 9)
+    checkpoint.save(tmp_path, state(), Cursor(2, 20), 9)
+    kept |= {"health": 6, "sample": torch.zeros(3)}
+    checkpoint.load(tmp_path, state(), 1)
+    assert (kept["health"], kept["sample"].tolist()) == (6, [0, 0, 0]), "the checkpoint has none"
+    checkpoint.load(tmp_path, Holder(tmp_path).state(), 2)
+    checkpoint.load(tmp_path, state(2), 2)
+    assert (kept["health"], kept["sample"].tolist()) == (5, [0, 0, 0]), "a sample of another size is left"
+    checkpoint.load(tmp_path, state(), 2)
+    assert kept["sample"].tolist() == [1, 1, 1]
 
 
 def test_an_index_that_would_run_code_is_refused(tmp_path: Path) -> None:
