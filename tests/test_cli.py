@@ -92,8 +92,8 @@ def test_version(puna):
 
 def test_verbs():
     assert {path[0] for path in ALL[1:]} == {
-        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "health", "lab", "launch", "parity", "plan", "recipe",
-        "report", "resume", "serve", "train", "verify"
+        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "health", "lab", "launch", "parity", "plan",
+        "recipe", "report", "resume", "serve", "train", "verify",
     }  # fmt: skip
 
 
