@@ -153,7 +153,7 @@ class Watched:
     @property
     def rules(self) -> list[Event]:
         """The rules that the monitor recorded; those of several optimisers are the same."""
-        rows = next((one["rules"] for one in self.starts if isinstance(one.get("rules"), list)), [])
+        rows: list[Any] = next((one["rules"] for one in self.starts if isinstance(one.get("rules"), list)), [])
         return [row for row in rows if isinstance(row, dict)]
 
     def limit(self, statistic: str) -> float:

@@ -155,7 +155,10 @@ class HealthConfig(Section):
     surprise: float = setting(
         10.0, "watch: gradient RMS of a tensor over the RMS that Adam's second moment expects", gt=1
     )
-    surge: float = setting(10.0, "alarm: the surprise that half of all tensors exceed at once", gt=1)
+    surge: float = setting(7.0, "alarm: the surprise that half of all tensors exceed at once", gt=1)
+    surge_age: int = setting(
+        100, "steps of a tensor after which its surprise counts in a surge; young gradients grow", "steps", ge=0
+    )
     lurch: float = setting(
         4.0,
         "alarm, with lurch_size: median over tensors of the update over the weights, in multiples of its usual",

@@ -18,7 +18,7 @@ running mean of a tensor's logarithm, whose innovations are cut at a factor 2; "
 
 | rule on the run | fires where | state |
 |---|---|---|
-| surge | the median over tensors of the surprise is above `surge` | alarm |
+| surge | the median of the surprise, over tensors older than `surge_age`, is above `surge` | alarm |
 | lurch | the median rise of update over weights is above `lurch`, the median itself above `lurch_size` | alarm |
 | leap | the median rise of update over weights is above `leap` | alarm |
 | chorus | the median RMS of r is above `chorus`, its median rise above `chorus_rise` | alarm |
@@ -363,11 +363,11 @@ class Detector:
                 for i in np.flatnonzero(reading.settled & (value > limit)):
                     place = (reading.names[i], reading.layers[i], name, statistic)
                     found.append((reading.step, Evidence(*place, float(value[i]), limit, "alarm")))
-        for name, value, limit, level in self._figures(reading):
-            severity = max(severity, value / limit) if level == "alarm" else severity
-            if value > limit:
+        for name, figure, limit, level in self._figures(reading):
+            severity = max(severity, figure / limit) if level == "alarm" else severity
+            if figure > limit:
                 rule = by_name[name]
-                evidence = Evidence("", "", name, rule.statistic, value, limit, level)
+                evidence = Evidence("", "", name, rule.statistic, figure, limit, level)
                 found.append((reading.step - rule.steps + 1, evidence))
         return severity, found
 
@@ -375,8 +375,9 @@ class Detector:
         """Conditions that half of the tensors must meet at once: values and thresholds."""
         config, found = self.config, reading.statistics
         rise = self._rise(reading, "update_ratio")
+        surprise = np.where(reading.ages > config.surge_age, found["surprise"], np.nan)
         return {
-            "surge": [(found["surprise"], config.surge)],
+            "surge": [(surprise, config.surge)],
             "lurch": [(found["update_ratio"], config.lurch_size), (rise, config.lurch)],
             "leap": [(rise, config.leap)],
             "chorus": [(found["u_rms"], config.chorus), (self._rise(reading, "u_rms"), config.chorus_rise)],

@@ -88,7 +88,8 @@ class Board:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from torch.utils.tensorboard import FileWriter
 
-        self._summary, self._layers = Summary, {"event": "health_start"}
+        self._summary = Summary
+        self._starts: dict[str, dict[str, Any]] = {}  # of the health monitor, by optimiser
         self._writer = FileWriter(str(run / "tensorboard"))
         self._writer.add_event(Event(file_version="brain.Event:2"), step)
         self._start = Event(session_log=SessionLog(status=SessionLog.START))
@@ -105,15 +106,16 @@ class Board:
 
     def health(self, record: Mapping[str, Any]) -> None:
         """A record of the health monitor: each layer's worst statistics, its histogram of updates, the state 0 to 2."""
+        of = str(record.get("of", ""))
         if record["event"] == "health_start":
-            self._layers = record
+            self._starts[of] = dict(record)
         elif record["event"] == "health":
-            seen = watched([self._layers, dict(record)])
+            seen = watched([*self._starts.values(), dict(record)])
             worst = {key: seen.worst(key) for key in STATISTICS}
             points = {f"{key}/{layer}": line[0][1] for key, lines in worst.items() for layer, line in lines.items()}
             self.write("health", record["step"], points)
         elif record["event"] == "health_change":
-            self.write("health", record["step"], {"state": STATES.index(record["state"])})
+            self.write("health", record["step"], {f"state {of}".strip(): STATES.index(record["state"])})
         elif record["event"] == "health_histogram":
             values = [self._histogram(layer, counts) for layer, counts in record["layers"].items()]
             self._writer.add_summary(self._summary(value=values), record["step"])

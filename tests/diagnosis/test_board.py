@@ -43,3 +43,17 @@ def test_histograms_keep_their_counts(board, stalled):
         assert point.histogram_value.bucket == counts
         assert point.histogram_value.num == sum(counts)
         assert point.histogram_value.bucket_limit[20] == pytest.approx(2 / 41)  # the middle bin is around 0
+
+
+def test_two_optimizers_have_layers_of_their_own(tmp_path):
+    with Recorder(tmp_path, speaks=True) as recorder:
+        recorder.begin(tmp_path, 0, 0, None, tensorboard=True)
+        for of, tensor in (("adamw", "head"), ("second", "layer 0")):
+            recorder.health({"event": "health_start", "step": 1, "of": of, "tensors": {tensor: tensor}})
+        for of, tensor in (("adamw", "head"), ("second", "layer 0")):
+            values = {tensor: {"surprise": 2.0}}
+            recorder.health({"event": "health", "step": 5, "of": of, "tensors": values})
+            recorder.health({"event": "health_change", "step": 5, "of": of, "state": "watch", "before": "calm"})
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    names = {"health/surprise/head", "health/surprise/layer 0", "health/state adamw", "health/state second"}
+    assert set(board.Tags()["scalars"]) == names

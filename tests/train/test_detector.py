@@ -52,7 +52,7 @@ class Course:
 
 def settled(**settings: Any) -> Course:
     course = Course(**settings)
-    assert course.go(60, loss=2.0).state == "calm"
+    assert course.go(110, loss=2.0).state == "calm"
     return course
 
 
@@ -126,7 +126,7 @@ def test_two_peaks_that_were_always_there_are_no_jump() -> None:
 @pytest.mark.parametrize(
     ("figures", "rules"),
     [
-        ({"surprise": 12.0}, {"surge"}),
+        ({"surprise": 8.0}, {"surge"}),
         ({"update_ratio": 9e-3}, {"leap"}),
         ({"u_rms": 0.8}, {"chorus"}),
     ],
@@ -142,6 +142,16 @@ def test_rules_on_half_of_the_tensors(figures: dict[str, float], rules: set[str]
     assert {evidence.rule for evidence in alarms} == rules
     assert alarms[0].tensor == ""
     assert {evidence.tensor for evidence in alarms[1:]} == {*NAMES}
+
+
+def test_young_tensors_do_not_surge() -> None:
+    """Gradients grow where a model leaves its first plateau."""
+    young = Course()
+    young.go(50)
+    assert young.go(everywhere=True, surprise=30.0).state == "watch"
+    assert young.detector.status.score < 1
+    young.go(50)
+    assert young.go(everywhere=True, surprise=30.0).state == "alarm"
 
 
 def test_a_lurch_is_large_and_unusual() -> None:
@@ -211,7 +221,7 @@ def test_an_announced_change_widens_what_it_explains() -> None:
     for announced in (False, True):
         course = settled()
         if announced:
-            course.detector.announce(61)
+            course.detector.announce(111)
         status = course.go(everywhere=True, update_ratio=1e-2)
         assert status.state == ("calm" if announced else "alarm")
     assert course.go(everywhere=True, surprise=20.0).state == "alarm", "and nothing else"
