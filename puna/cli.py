@@ -12,6 +12,7 @@ import click
 
 from puna import __version__
 from puna.errors import PunaError
+from puna.graph_verbs import graph
 from puna.plan_verbs import plan
 from puna.recipe_verbs import recipe
 from puna.verbs import RECIPE_ARGUMENTS, as_json, print_figures, recipe_name, settings
@@ -23,6 +24,7 @@ EXTRAS = {
     "demo": ("transformers", "openai"),
     "ray": ("ray",),
     "plot": ("matplotlib",),
+    "graph": ("numba",),
 }
 
 
@@ -574,6 +576,7 @@ def lab_fsdp(processes: tuple[int, ...], steps: int, simulate: bool, as_json: bo
         print_tables(result)
 
 
+puna.add_command(graph)
 puna.add_command(plan)
 puna.add_command(recipe)
 

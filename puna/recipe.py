@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from puna import __version__
 from puna.console import err
 from puna.errors import RecipeError
+from puna.graph.config import GraphConfig
 from puna.llama.config import DataConfig, LlamaConfig
 from puna.train.config import LoopConfig, MeshConfig, ScheduleConfig, TrainConfig, setting
 
@@ -85,12 +86,17 @@ STARTER = (
 class Recipe(LoopConfig):
     """Everything one run depends on."""
 
-    task: Literal["pretrain"] = setting("pretrain", "what is trained; pretrain: next-token prediction on token shards")
+    task: Literal["pretrain", "graph"] = setting(
+        "pretrain",
+        "what is trained; pretrain: next-token prediction on token shards, by the sections model and train; graph: "
+        "embeddings of a graph's nodes, by the section graph",
+    )
     model: LlamaConfig = LlamaConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     mesh: MeshConfig = MeshConfig()
+    graph: GraphConfig = GraphConfig()
 
     @model_validator(mode="after")
     def _heads_fill_the_stream(self) -> "Recipe":
@@ -649,9 +655,10 @@ def write_starter(name: str, out: Path) -> None:
     write_atomic(out, text.encode())
 
 
-def catalogue() -> dict[str, int]:
-    """The recipes that ship and the exact parameter counts of their models."""
-    return {name: load(name).recipe.model.num_parameters for name in names()}
+def catalogue() -> dict[str, int | None]:
+    """The recipes that ship and the exact parameter counts of their models; None where the data decides."""
+    recipes = {name: load(name).recipe for name in names()}
+    return {name: None if found.task == "graph" else found.model.num_parameters for name, found in recipes.items()}
 
 
 def dump_toml(recipe: Recipe) -> str:

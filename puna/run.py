@@ -15,7 +15,7 @@ import torch
 
 import puna
 from puna import recipe as recipes
-from puna.check import WEIGHTS_DTYPE, inspect, refuse_other_mesh
+from puna.check import WEIGHTS_DTYPE, count_ranks, inspect, refuse_other_mesh
 from puna.console import err
 from puna.errors import CheckpointError, DeviceError, RecipeError
 from puna.llama import hub
@@ -32,6 +32,7 @@ from puna.train.launch import launch
 from puna.train.loop import Run
 from puna.train.mesh import DTYPES, choose_compute, choose_device, open_mesh
 from puna.train.metrics import last_steps, read_events
+from puna.train.task import Task
 from puna.train.watchdog import watch
 
 FREE_TO_CHANGE = (
@@ -51,15 +52,15 @@ def train(loaded: Loaded) -> dict[str, Any]:
     """Train by a recipe, on as many local processes as it asks for; resumes where its directory stands.
 
     Under torchrun every rank calls it, and only rank 0 has something to return; the others get an empty dict.
-    Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None).
+    Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None),
+    and of a graph heldout_mrr; its tokens are edges, its steps buckets.
     Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed, Hung, RanksDiffer.
     """
     config = loaded.recipe.run
     run = Path(config.dir)
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        refuse_other_mesh(loaded.recipe)
-        prepare(loaded, run)
+        (prepare_graph if loaded.recipe.task == "graph" else prepare)(loaded, run)
     if "RANK" in os.environ:
         train_ranks(loaded.recipe, run)
     else:
@@ -70,6 +71,7 @@ def train(loaded: Loaded) -> dict[str, Any]:
 def prepare(loaded: Loaded, run: Path) -> None:
     """Check what can be checked before any process starts; write what the directory says of itself."""
     recipe = loaded.recipe
+    refuse_other_mesh(recipe)
     found = inspect(recipe)
     choose_device(recipe.run.device)
     num_there = len(complete_steps(run))
@@ -78,13 +80,34 @@ def prepare(loaded: Loaded, run: Path) -> None:
         refuse_other_run(loaded, run)
         if num_there:
             refuse_other_tokenizer(run, found.tokenizer)
-        write_atomic(run / "recipe.toml", loaded.text.encode())
-        write_atomic(run / "recipe.json", recipes.to_json(loaded).encode())
+        write_recipe(loaded, run)
         write_atomic(run / "model.json", recipe.model.model_dump_json(indent=1).encode())
-        write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
         shutil.copytree(found.sources[0].tokenizer_dir, run / "tokenizer", dirs_exist_ok=True)
         write_atomic(run / "tokenizer" / TEMPLATE_FILE, chat_template(found.tokenizer.chat_format).encode())
         write_identity(run, found.tokenizer, WEIGHTS_DTYPE)
+
+
+def prepare_graph(loaded: Loaded, run: Path) -> None:
+    """The same for a graph. Raises DataError (no graph) and RecipeError (more than one process)."""
+    from puna.graph.graph import Graph
+
+    recipe = loaded.recipe
+    Graph.open(recipe.data.path)
+    if count_ranks(recipe) != 1:
+        raise RecipeError(
+            f"run.num_processes is {count_ranks(recipe)}, but a graph is trained by the threads of one process",
+            "Set run.num_processes to 1 and run.num_threads to the workers wanted (0: one a core).",
+        )
+    with hold_lock(run):
+        refuse_other_run(loaded, run)
+        write_recipe(loaded, run)
+
+
+def write_recipe(loaded: Loaded, run: Path) -> None:
+    """What a run directory keeps of what it was made by."""
+    write_atomic(run / "recipe.toml", loaded.text.encode())
+    write_atomic(run / "recipe.json", recipes.to_json(loaded).encode())
+    write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
 
 
 def refuse_other_run(loaded: Loaded, run: Path) -> None:
@@ -115,6 +138,10 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
     common = recipes.flat(recipe) | code_version() | data_version(recipe)
     agree = partial(require_same, run, common, "at the start")
     with open_mesh(recipe.run, recipe.mesh, agree) as place, watch(run, recipe.run):
+        if recipe.task == "graph":
+            facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
+            Run(graph_task(recipe, run), run, recipe, facts=facts).go()
+            return
         recipes.check_ranks(recipe, place.world_size)
         compute = choose_compute(recipe.train.dtype, place.device)
         if compute.dtype == torch.float16 and place.device.type == "cpu":
@@ -138,9 +165,26 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
         Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops).go()
 
 
+def graph_task(recipe: Recipe, run: Path) -> Task:
+    """A recipe's graph task."""
+    from puna.graph.graph import Graph
+    from puna.graph.task import GraphTask
+
+    return GraphTask(
+        recipe.graph,
+        recipe.schedule,
+        Graph.open(recipe.data.path),
+        run,
+        seed=recipe.run.seed,
+        num_threads=recipe.run.num_threads,
+        eval_edges=recipe.eval.tokens,
+    )
+
+
 def data_version(recipe: Recipe) -> dict[str, str]:
     """A hash of what each folder of token shards says of itself: copies on several machines must be the same."""
-    files = [Path(folder) / "shards.json" for folder, _ in recipe.data.mixture()]
+    name = "graph.json" if recipe.task == "graph" else "shards.json"
+    files = [Path(folder) / name for folder, _ in recipe.data.mixture()]
     return {str(file): sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "missing" for file in files}
 
 
@@ -152,6 +196,7 @@ def outcome(run: Path) -> dict[str, Any]:
         raise CheckpointError(f"{run} has no record of a step", "Train with `puna train RECIPE --run.dir DIR`.")
     last = steps[max(steps)]
     heldout = [event["loss"] for event in events if event["event"] == "eval" and "loss" in event]
+    ranked = [event["mrr"] for event in events if event["event"] == "eval" and "mrr" in event]
     resumes = [event["step"] for event in events if event["event"] == "resume"]
     return {
         "run": str(run),
@@ -159,6 +204,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "tokens": last["tokens"],
         "loss": last["loss"],
         "heldout_loss": heldout[-1] if heldout else None,
+        **({"heldout_mrr": ranked[-1]} if ranked else {}),
         "tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps.values()),
         "resumed_from": resumes[-1] if resumes else None,
     }
