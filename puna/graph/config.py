@@ -72,13 +72,17 @@ class GraphConfig(Section):
                 f"graph.dim is {self.dim}, but {self.operator} needs pairs of numbers; make graph.dim an even number"
             )
         if self.bias and self.dim < 2:
-            raise ValueError("graph.bias takes the first number of a vector, but graph.dim is 1; make graph.dim 2 or more")
+            raise ValueError(
+                "graph.bias takes the first number of a vector, but graph.dim is 1; make graph.dim 2 or more"
+            )
         return self
 
     @model_validator(mode="after")
     def _n3_has_a_meaning(self) -> "GraphConfig":
         if self.n3 and self.operator in ("linear", "affine"):
-            raise ValueError(f"graph.n3 is set, but {self.operator} has matrices; set graph.n3 to 0, or another operator")
+            raise ValueError(
+                f"graph.n3 is set, but {self.operator} has matrices; set graph.n3 to 0, or another operator"
+            )
         return self
 
     @model_validator(mode="after")

@@ -1,9 +1,9 @@
 """A graph on disk: names, and edges as columns of whole numbers. `graph.json` is written last, by rename.
 
-    DIR/graph.json                 counts, splits, SHA-256 of each file; a folder without it is no graph
-    DIR/nodes.txt, relations.txt   a name a line; its number is its line
-    DIR/SPLIT.heads .relations .tails   little-endian int32, an edge each; SPLIT.weights: float32, where edges have them
-    DIR/buckets/SPLIT-P/           the same columns in the order of P x P buckets, with offsets.npy; made when needed
+DIR/graph.json                 counts, splits, SHA-256 of each file; a folder without it is no graph
+DIR/nodes.txt, relations.txt   a name a line; its number is its line
+DIR/SPLIT.heads .relations .tails   little-endian int32, an edge each; SPLIT.weights: float32, where edges have them
+DIR/buckets/SPLIT-P/           the same columns in the order of P x P buckets, with offsets.npy; made when needed
 """
 
 import json

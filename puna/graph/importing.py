@@ -90,7 +90,9 @@ def _write_split(
             values: dict[str, npt.NDArray[Any]] = {
                 "heads": nodes.numbers(fields["head"]),
                 "tails": nodes.numbers(fields["tail"]),
-                "relations": relations.numbers(fields["relation"]) if "relation" in fields else np.zeros(size, np.int32),
+                "relations": relations.numbers(fields["relation"])
+                if "relation" in fields
+                else np.zeros(size, np.int32),
             }
             if "weight" in fields:
                 values["weights"] = _weights(rows, fields["weight"])
@@ -112,7 +114,9 @@ def _weights(rows: Rows, column: Column) -> npt.NDArray[np.float32]:
         except ValueError:
             weights[row] = np.nan
         if not np.isfinite(weights[row]) or weights[row] < 0:
-            raise DataError(f"{rows.place(row)}: the weight {text!r} is not a number from 0 on", "Mend or drop that line.")
+            raise DataError(
+                f"{rows.place(row)}: the weight {text!r} is not a number from 0 on", "Mend or drop that line."
+            )
     return weights
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from puna.graph.compiled import kernel, kernel_without_nan
 from puna.graph.config import Loss
-from puna.graph.operators import FAST
 
 RANKING, LOGISTIC, SOFTMAX, SELF_ADVERSARIAL = range(4)
 CODES: dict[Loss, int] = {
@@ -32,7 +32,7 @@ MASKED = np.float32(-1e9)
 
 _F = np.float32
 _LOG2E, _LN2_HIGH, _LN2_LOW = _F(1.44269504), _F(0.693359375), _F(-2.12194440e-4)
-_LOW, _HIGH, _HALF, _ONE, _ZERO = _F(-87), _F(88), _F(0.5), _F(1), _F(0)
+_LOW, _HALF, _ONE, _ZERO = _F(-87), _F(0.5), _F(1), _F(0)
 _TAYLOR = tuple(_F(1 / math.factorial(n)) for n in range(7, 1, -1))
 _T7, _T6, _T5, _T4, _T3, _T2 = _TAYLOR
 
@@ -47,12 +47,11 @@ def _float_of_bits(typing: Any, bits: Any) -> Any:
     return types.float32(types.int32), build
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def exp32(x: Any) -> Any:
-    """exp of a float32 within 3e-7 of it, as arithmetic that loops can turn into vector code; zero below -87."""
-    y = min(max(x, _LOW), _HIGH)
-    n = np.floor(y * _LOG2E + _HALF)
-    f = y - n * _LN2_HIGH - n * _LN2_LOW
+    """exp of a float32 up to 88, within 3e-7 of it; zero below -87. Arithmetic that loops can turn into vector code."""
+    n = np.floor(max(x, _LOW) * _LOG2E + _HALF)
+    f = x - n * _LN2_HIGH - n * _LN2_LOW
     poly = _T7
     poly = poly * f + _T6
     poly = poly * f + _T5
@@ -62,10 +61,10 @@ def exp32(x: Any) -> Any:
     poly = poly * f + _ONE
     poly = poly * f + _ONE
     power = _float_of_bits(np.int32((np.int32(n) + np.int32(127)) * np.int32(1 << 23)))
-    return poly * power if x > _LOW else _ZERO
+    return _ZERO if x < _LOW else poly * power
 
 
-@njit(nogil=True, fastmath=True, cache=True)
+@kernel_without_nan
 def _largest(row: Any) -> Any:
     best = row[0]
     for j in range(row.shape[0]):
@@ -73,17 +72,17 @@ def _largest(row: Any) -> Any:
     return best
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + math.exp(-x))
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def row_loss(code: int, s: Any, t: Any, count: int, weight: Any, margin: Any, temperature: Any) -> Any:
     """Loss of one row times `weight`, and its derivative by s; t, the negatives' scores, becomes the derivative by t.
 
@@ -91,7 +90,8 @@ def row_loss(code: int, s: Any, t: Any, count: int, weight: Any, margin: Any, te
     """
     n = t.shape[0]
     if count == 0:
-        t[:] = _ZERO
+        for j in range(n):
+            t[j] = _ZERO
         return 0.0, _ZERO
     if code == SOFTMAX:
         return _softmax(s, t, weight)
@@ -121,7 +121,7 @@ def row_loss(code: int, s: Any, t: Any, count: int, weight: Any, margin: Any, te
     return _self_adversarial(s, t, weight, margin, temperature)
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _softmax(s: Any, t: Any, weight: Any) -> Any:
     top = max(_largest(t), s)
     total = _ZERO
@@ -137,7 +137,7 @@ def _softmax(s: Any, t: Any, weight: Any) -> Any:
     return float(weight) * (math.log(total) + top - s), _F(own * scale - weight)
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _self_adversarial(s: Any, t: Any, weight: Any, margin: Any, temperature: Any) -> Any:
     top = _largest(t)
     mass = _ZERO

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from puna.errors import DataError
+from puna.graph.compiled import exact_kernel
 from puna.graph.read import Column
 from puna.graph.tables import mix
 
@@ -54,7 +54,7 @@ class Names:
         _insert(keys, numbers, self._keys, self._numbers)
 
 
-@njit(nogil=True, cache=True)
+@exact_kernel
 def _hash(data: Any, start: int, end: int, seed: Any) -> Any:
     state = mix(seed ^ np.uint64(end - start))
     word, filled = np.uint64(0), 0
@@ -67,7 +67,7 @@ def _hash(data: Any, start: int, end: int, seed: Any) -> Any:
     return mix(mix(state ^ word) + seed)
 
 
-@njit(nogil=True, cache=True)
+@exact_kernel
 def _number(
     data: Any, starts: Any, ends: Any, seeds: Any, keys: Any, numbers: Any, count: int, out: Any, fresh: Any
 ) -> int:
@@ -89,7 +89,7 @@ def _number(
     return count
 
 
-@njit(nogil=True, cache=True)
+@exact_kernel
 def _insert(keys: Any, numbers: Any, new_keys: Any, new_numbers: Any) -> None:
     mask = np.uint64(new_numbers.shape[0] - 1)
     for i in range(numbers.shape[0]):

@@ -15,8 +15,8 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from puna.graph.compiled import kernel
 from puna.graph.config import Operator
 
 NONE, TRANSLATION, DIAGONAL, LINEAR, AFFINE, COMPLEX, ROTATION = range(7)
@@ -29,8 +29,6 @@ CODES: dict[Operator, int] = {
     "complex_diagonal": COMPLEX,
     "rotation": ROTATION,
 }
-FAST = {"reassoc", "contract", "arcp", "nsz"}
-"""Floating-point freedom that lets loops become vector code; NaN and infinity keep their meaning."""
 
 
 def num_parameters(operator: Operator, dim: int) -> int:
@@ -51,7 +49,7 @@ def identity(operator: Operator, dim: int) -> np.ndarray:
     return row
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def operate(code: int, vectors: Any, relations: Any, table: Any, out: Any) -> None:
     """out[i] = vectors[i] under the operator of relations[i]; (N, D), (N,), (R, parameters), (N, D)."""
     dim = vectors.shape[1]
@@ -59,7 +57,8 @@ def operate(code: int, vectors: Any, relations: Any, table: Any, out: Any) -> No
     for i in range(relations.shape[0]):
         v, p, o = vectors[i], table[relations[i]], out[i]
         if code == NONE:
-            o[:] = v
+            for k in range(dim):
+                o[k] = v[k]
         elif code == TRANSLATION:
             for k in range(dim):
                 o[k] = v[k] + p[k]
@@ -84,7 +83,7 @@ def operate(code: int, vectors: Any, relations: Any, table: Any, out: Any) -> No
                 o[r] = total + p[dim * dim + r] if code == AFFINE else total
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def operate_back(
     code: int, vectors: Any, relations: Any, table: Any, slots: Any, grads: Any, into: Any, parameters: Any
 ) -> None:
@@ -133,7 +132,7 @@ def operate_back(
                     into_p[dim * dim + r] += scale
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def add_n3(paired: bool, weight: Any, values: Any, weights: Any, grads: Any) -> float:
     """N3 of the first rows (Lacroix et al. 2018): weight x sum of weights[i] |x|^3; its gradient is added to `grads`.
 

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import njit
 
 from puna.console import track
 from puna.graph import operators, scores
+from puna.graph.compiled import kernel
 from puna.graph.config import GraphConfig
 from puna.graph.graph import Edges, Graph
-from puna.graph.operators import FAST
 from puna.graph.worker import Relations
 
 QUERIES = 1024
@@ -186,7 +185,7 @@ def _facts(scorer: Scorer, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.f
     return np.stack([np.square(vectors[:, bias:]).sum(1), vectors[:, 0]])
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _count(
     code: int, bias: int, products: Any, anchors: Any, candidates: Any, positives: Any, true: Any, part: int, parts: int,
     starts: Any, ends: Any, known: Any, counts: Any,
@@ -237,7 +236,9 @@ class Known:
     def sizes(self) -> npt.NDArray[np.int64]:
         """Known nodes of each edge, without its own."""
         own = self.nodes == np.repeat(self._own, np.diff(self.offsets))
-        has_own = np.bincount(np.repeat(np.arange(len(self._own)), np.diff(self.offsets))[own], minlength=len(self._own))
+        has_own = np.bincount(
+            np.repeat(np.arange(len(self._own)), np.diff(self.offsets))[own], minlength=len(self._own)
+        )
         return np.diff(self.offsets) - np.minimum(has_own, 1)
 
 

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
 from puna.errors import DataError
+from puna.graph.compiled import exact_kernel
 
 BLOCK_BYTES = 8 << 20
 BLOCK_ROWS = 1 << 18
@@ -87,7 +87,9 @@ def _text(path: Path, num_columns: int, separator: str, header: bool) -> Iterato
             count, bad, lines = _split(data, ord(mark), bounds)
             if bad >= 0:
                 raise _wrong_row(path, line + lines, block, bad, num_columns, separator)
-            yield Rows(path, line, [Column(data, bounds[:count, c, 0], bounds[:count, c, 1]) for c in range(num_columns)])
+            yield Rows(
+                path, line, [Column(data, bounds[:count, c, 0], bounds[:count, c, 1]) for c in range(num_columns)]
+            )
             line += lines
 
 
@@ -121,7 +123,7 @@ def _unquoted(path: Path, line: int, block: bytes) -> bytes:
     return "".join(SEPARATOR.join(row) + "\n" for row in rows).encode()
 
 
-@njit(nogil=True, cache=True)
+@exact_kernel
 def _split(data: Any, separator: int, bounds: Any) -> Any:
     """Fields of each line that is not empty: rows found, start of the first line with other fields or -1, lines read."""
     row, lines, start = 0, 0, 0

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from numba import njit
 from torch import Tensor
 
 from puna.graph import losses
+from puna.graph.compiled import kernel
 from puna.graph.config import Comparator, GraphConfig
 from puna.graph.losses import MASKED, row_loss
-from puna.graph.operators import FAST
 
 DOT, COS, L2, SQUARED_L2 = range(4)
 CODES: dict[Comparator, int] = {"dot": DOT, "cos": COS, "l2": L2, "squared_l2": SQUARED_L2}
@@ -31,7 +31,7 @@ _ZERO, _TWO = np.float32(0), np.float32(2)
 BLOCK_BYTES = 1 << 20  # of scores that are worked on at once: what stays in the caches
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def prepare(code: int, bias: int, vectors: Any, lengths: Any) -> None:
     """Divide by the length, under cos; `lengths` (N,) keeps it for `restore`."""
     if code != COS:
@@ -48,7 +48,7 @@ def prepare(code: int, bias: int, vectors: Any, lengths: Any) -> None:
             v[k] *= inverse
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def restore(code: int, bias: int, vectors: Any, lengths: Any, grads: Any) -> None:
     """Undo `prepare`: the vectors are as they were, and the gradients are theirs."""
     if code != COS:
@@ -65,7 +65,7 @@ def restore(code: int, bias: int, vectors: Any, lengths: Any, grads: Any) -> Non
             v[k] *= length
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def to_scores(
     code: int, bias: int, own: Any, own_bias: Any, others: Any, biases: Any, start: int, count: int, out: Any, at: int
 ) -> None:
@@ -89,7 +89,7 @@ def to_scores(
             out[at + j] += own_bias + biases[start + j]
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def score_pairs(code: int, bias: int, a: Any, b: Any, out: Any) -> None:
     """out[i] = score of a[i] with b[i], both prepared; (N, D), (N, D), (N,). Distances are exact, not from products."""
     for i in range(out.shape[0]):
@@ -106,7 +106,7 @@ def score_pairs(code: int, bias: int, a: Any, b: Any, out: Any) -> None:
         out[i] = total + (a[i, 0] + b[i, 0] if bias else _ZERO)
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _pairs_back(code: int, bias: int, a: Any, b: Any, score: Any, slope: Any, da: Any, db: Any) -> None:
     """Add the gradients of `score_pairs` where the loss has `slope` (N,) by its scores."""
     for i in range(slope.shape[0]):
@@ -128,7 +128,7 @@ def _pairs_back(code: int, bias: int, a: Any, b: Any, score: Any, slope: Any, da
             db[i, k] -= pull
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _to_slopes_by_products(
     code: int, bias: int, scores: Any, slopes: Any, own_bias: Any, biases: Any, start: int, count: int, at: int,
     by_score: Any, by_product: Any,
@@ -154,19 +154,19 @@ def _to_slopes_by_products(
     return score_sum, product_sum
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _lose(
-    kinds: Any, scalars: Any, sizes: Any, weights: Any, own: Any, own_biases: Any, positives: Any, near: Any, far: Any,
-    skip: Any, slopes: Any, anchor_sums: Any, near_facts: Any, far_facts: Any, scores: Any, t: Any,
+    kinds: Any, scalars: Any, sizes: Any, weights: Any, anchor_facts: Any, positives: Any, near: Any, far: Any,
+    num_far: int, skip: Any, slopes: Any, anchor_sums: Any, near_facts: Any, far_facts: Any, scores: Any, t: Any,
 ) -> float:  # fmt: skip
     """Losses of a block of rows; `near` (rows, chunk) and `far` (rows, drawn), products, become slopes by products.
 
-    sizes: of a chunk, of a group, the block's first row and group, far columns that hold a node. Rows beyond the weights
-    are padding. skip[row]: the far column that is the true node, or -1. anchor_sums (rows, 2): sums of slopes by scores
-    and by products. near_facts, far_facts (4, nodes): squared lengths, biases, the same sums by node.
+    sizes: of a chunk, of a group, the block's first row and group. Rows beyond the weights are padding. num_far: far
+    columns that hold a node. skip[row]: the far column that is the true node, or -1. anchor_sums (rows, 2): sums of
+    slopes by scores and by products. Facts (4, N): squared lengths, biases, the same sums by node. scores, t: scratch.
     """
     comparator, loss, bias = kinds[0], kinds[1], kinds[2]
-    chunk, group, first, first_group, num_far = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
+    chunk, group, first, first_group = sizes[0], sizes[1], sizes[2], sizes[3]
     plain = comparator < L2 and not bias
     num_near, width = near.shape[1], far.shape[1]
     num_rows = weights.shape[0]
@@ -184,9 +184,14 @@ def _lose(
         for j in range(width):
             t[num_near + j] = far[r, j]
         chunk_start, far_start = i // chunk * chunk, (first_group + r // group) * width
+        own, own_bias = anchor_facts[0, i], anchor_facts[1, i]
         if not plain:
-            to_scores(comparator, bias, own[i], own_biases[i], near_facts[0], near_facts[1], chunk_start, num_near, t, 0)
-            to_scores(comparator, bias, own[i], own_biases[i], far_facts[0], far_facts[1], far_start, width, t, num_near)
+            to_scores(
+                comparator, bias, own, own_bias, near_facts[0], near_facts[1], chunk_start, num_near, t, 0
+            )
+            to_scores(
+                comparator, bias, own, own_bias, far_facts[0], far_facts[1], far_start, width, t, num_near
+            )
         count = num_far
         if num_near:
             present = min(chunk, num_rows - chunk_start)
@@ -200,16 +205,17 @@ def _lose(
             t[num_near + skip[i]] = MASKED
             count -= 1
         if not plain:
-            scores[:] = t
+            for j in range(t.shape[0]):
+                scores[j] = t[j]
         lost, slopes[i] = row_loss(loss, positives[i], t, count, weights[i], scalars[0], scalars[1])
         total += lost
         if not plain:
             near_sums = _to_slopes_by_products(
-                comparator, bias, scores, t, own_biases[i], near_facts[1], chunk_start, num_near, 0, near_facts[2],
+                comparator, bias, scores, t, own_bias, near_facts[1], chunk_start, num_near, 0, near_facts[2],
                 near_facts[3],
             )  # fmt: skip
             far_sums = _to_slopes_by_products(
-                comparator, bias, scores, t, own_biases[i], far_facts[1], far_start, width, num_near, far_facts[2],
+                comparator, bias, scores, t, own_bias, far_facts[1], far_start, width, num_near, far_facts[2],
                 far_facts[3],
             )  # fmt: skip
             anchor_sums[i, 0] = near_sums[0] + far_sums[0]
@@ -221,11 +227,9 @@ def _lose(
     return total
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
-def _facts(code: int, bias: int, vectors: Any, facts: Any) -> None:
-    """facts (4, N): squared lengths and biases, where they have a part in a score, and room for two sums."""
-    if code < L2 and not bias:
-        return
+@kernel
+def _facts(bias: int, vectors: Any, facts: Any) -> None:
+    """facts (4, N): squared lengths without the bias, biases, and room for two sums, empty."""
     for i in range(vectors.shape[0]):
         total = _ZERO
         for k in range(bias, vectors.shape[1]):
@@ -236,11 +240,9 @@ def _facts(code: int, bias: int, vectors: Any, facts: Any) -> None:
         facts[3, i] = _ZERO
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def _correct(code: int, bias: int, vectors: Any, by_score: Any, by_product: Any, grads: Any) -> None:
     """What matrix products leave out of the gradients: the squared lengths of a distance, and the bias."""
-    if code < L2 and not bias:
-        return
     for i in range(by_score.shape[0]):
         if code >= L2:
             for k in range(vectors.shape[1]):
@@ -259,99 +261,140 @@ class Compared:
     far_grads: Tensor
 
 
-class Pairs:
-    """Buffers for one side of one worker's batches: `lose` scores, loses and differentiates. No memory is allocated."""
+@dataclass(frozen=True)
+class _Block:
+    """Some groups of a batch: views of everything that their products read and write."""
 
-    def __init__(self, config: GraphConfig, num_far: int) -> None:
-        """num_far: nodes drawn for a group."""
-        self.chunk, self.group, self.num_far = config.chunk_edges, config.group_edges, num_far
+    sizes: npt.NDArray[np.int64]  # of a chunk, of a group, first row, first group
+    a: Tensor  # (groups, group, D)
+    da: Tensor
+    far: Tensor  # (groups, drawn, D)
+    far_columns: Tensor  # the same, its transpose
+    dfar: Tensor
+    far_scores: Tensor  # (groups, group, drawn)
+    far_scores_columns: Tensor
+    a_chunks: Tensor  # (chunks, chunk, D)
+    da_chunks: Tensor
+    near: Tensor
+    near_columns: Tensor
+    dnear: Tensor
+    near_scores: Tensor  # (chunks, chunk, chunk)
+    near_scores_columns: Tensor
+    near_rows: npt.NDArray[np.float32]  # (rows, chunk)
+    far_rows: npt.NDArray[np.float32]  # (rows, drawn)
+
+
+class Pairs:
+    """One side of one worker's batches: `lose` scores, loses and differentiates, without allocating memory."""
+
+    def __init__(self, config: GraphConfig, anchors: Tensor, anchor_grads: Tensor, compared: Compared, room: Tensor):
+        """anchors (B, D), B whole groups; row i's true node is row i of near. room: `room_for` numbers."""
         self.num_near = 0 if config.all_negs else config.num_batch_negs
-        self.size = padded(config.batch_edges, self.group)
+        self.num_far = compared.far.shape[1]
+        self.chunk, self.group = config.chunk_edges, config.group_edges
         comparator, loss = CODES[config.comparator], losses.CODES[config.loss]
+        self.comparator, self.bias = comparator, int(config.bias)
         self.kinds = np.array([comparator, loss, config.bias], np.int64)
         self.scalars = np.array([config.margin, config.temperature], np.float32)
-        self.block = max(1, min(self.size // self.group, BLOCK_BYTES // (4 * self.group * max(1, num_far))))
-        rows = self.block * self.group
-        self.near = torch.empty(rows, self.num_near)
-        self.far = torch.empty(rows, num_far)
-        self.scores, self.t = np.empty((2, self.num_near + num_far), np.float32)
-        self.positives, self.slopes = np.zeros((2, self.size), np.float32)
-        self.anchor_sums = np.zeros((self.size, 2), np.float32)
-        self.anchor_facts, self.near_facts = np.zeros((2, 4, self.size), np.float32)
-        self.far_facts = np.zeros((4, self.size // self.group * num_far), np.float32)
-        self.no_skip = np.full(self.size, -1, np.int64)
-
-    def lose(
-        self,
-        anchors: Tensor,
-        anchor_grads: Tensor,
-        compared: Compared,
-        weights: Any,
-        num_far: int | None = None,
-        skip: Any = None,
-    ) -> float:
-        """Loss of the rows of `weights`; fills the gradients of anchors and of what they are compared with.
-
-        anchors (B, D), prepared; row i's true node is row i of near. B is whole groups; rows beyond the weights are
-        finite padding. num_far: columns of far that hold a node; the others are masked. skip: for each row the column of
-        far that is its true node, or -1.
-        """
-        comparator, _, bias = self.kinds
-        skip = self.no_skip if skip is None else skip
-        num_far = self.num_far if num_far is None else num_far
-        num_rows = len(weights)
-        a, da, b, db = (tensor.numpy() for tensor in (anchors, anchor_grads, compared.near, compared.near_grads))
-        far, far_grads = (tensor.view(-1, a.shape[1]).numpy() for tensor in (compared.far, compared.far_grads))
-        score_pairs(comparator, bias, a[:num_rows], b[:num_rows], self.positives[:num_rows])
-        for vectors, facts in ((a, self.anchor_facts), (b, self.near_facts), (far, self.far_facts)):
-            _facts(comparator, bias, vectors, facts)
-        total = 0.0
-        for first in range(0, len(compared.far), self.block):
-            last = min(first + self.block, len(compared.far))
-            total += self._block(first, last, anchors, anchor_grads, compared, weights, num_far, skip)
-        _correct(comparator, bias, a, self.anchor_sums[:num_rows, 0], self.anchor_sums[:num_rows, 1], da)
-        if self.num_near:
-            _correct(comparator, bias, b, self.near_facts[2], self.near_facts[3], db)
-        else:
-            db.fill(0)
-        _correct(comparator, bias, far, self.far_facts[2], self.far_facts[3], far_grads)
-        _pairs_back(comparator, bias, a, b, self.positives[:num_rows], self.slopes[:num_rows], da, db)
-        return total
+        size, dim = anchors.shape
+        self.vectors = [x.numpy() for x in (anchors, compared.near, compared.far.view(-1, dim))]
+        self.grads = [x.numpy() for x in (anchor_grads, compared.near_grads, compared.far_grads.view(-1, dim))]
+        self.scores, self.t = np.empty((2, self.num_near + self.num_far), np.float32)
+        self.positives, self.slopes = np.zeros((2, size), np.float32)
+        self.anchor_sums = np.zeros((size, 2), np.float32)
+        self.facts = [np.zeros((4, len(vectors)), np.float32) for vectors in self.vectors]
+        self.no_skip = np.full(size, -1, np.int64)
+        groups, step = size // self.group, block_groups(config, self.num_far)
+        self.blocks = [
+            self._block(first, min(first + step, groups), anchors, anchor_grads, compared, room)
+            for first in range(0, groups, step)
+        ]
 
     def _block(
-        self, first: int, last: int, anchors: Tensor, anchor_grads: Tensor, compared: Compared, weights: Any,
-        num_far: int, skip: Any,
-    ) -> float:  # fmt: skip
-        """Groups first to last: products, losses, and the three products back."""
+        self, first: int, last: int, anchors: Tensor, anchor_grads: Tensor, compared: Compared, room: Tensor
+    ) -> _Block:
         dim, count = anchors.shape[1], last - first
-        rows = slice(first * self.group, last * self.group)
-        a, da = anchors[rows].view(count, self.group, dim), anchor_grads[rows].view(count, self.group, dim)
-        num_rows = count * self.group
-        far = self.far[:num_rows].view(count, self.group, self.num_far)
-        near = self.near[:num_rows]
-        drawn, drawn_grads = compared.far[first:last], compared.far_grads[first:last]
+        rows, num_rows = slice(first * self.group, last * self.group), count * self.group
         chunks = (num_rows // self.chunk, self.chunk, dim)
+        a, da, near, dnear = (
+            x[rows] for x in (anchors, anchor_grads, compared.near, compared.near_grads)
+        )
+        near_scores = room[: num_rows * self.num_near].view(chunks[0], self.chunk, self.num_near)
+        far_scores = room[num_rows * self.num_near :][: num_rows * self.num_far].view(count, self.group, self.num_far)
+        far = compared.far[first:last]
+        return _Block(
+            np.array([self.chunk, self.group, rows.start, first]),
+            a.view(count, self.group, dim), da.view(count, self.group, dim),
+            far, far.transpose(1, 2), compared.far_grads[first:last],
+            far_scores, far_scores.transpose(1, 2),
+            a.view(chunks), da.view(chunks), near.view(chunks), near.view(chunks).transpose(1, 2), dnear.view(chunks),
+            near_scores, near_scores.transpose(1, 2),
+            near_scores.view(num_rows, self.num_near).numpy(), far_scores.view(num_rows, self.num_far).numpy(),
+        )  # fmt: skip
+
+    def lose(self, weights: Any, num_far: int | None = None, skip: Any = None) -> float:
+        """Loss of the rows of `weights`; fills the gradients of anchors and of what they are compared with.
+
+        All vectors are prepared; rows beyond the weights are finite padding. num_far: columns of far that hold a node;
+        the others are masked. skip: for each row the column of far that is its true node, or -1.
+        """
+        comparator, bias, num_rows = self.comparator, self.bias, len(weights)
+        skip = self.no_skip if skip is None else skip
+        num_far = self.num_far if num_far is None else num_far
+        a, b, _ = self.vectors
+        da, db, _ = self.grads
+        score_pairs(comparator, bias, a, b, self.positives[:num_rows])
+        if comparator >= L2 or bias:
+            for vectors, facts in zip(self.vectors, self.facts, strict=True):
+                _facts(bias, vectors, facts)
+        total = 0.0
+        for block in self.blocks:
+            if block.sizes[2] < num_rows:
+                total += self._lose_block(block, weights, num_far, skip)
+            else:
+                block.dnear.zero_()
+                block.dfar.zero_()
+        if comparator >= L2 or bias:
+            _correct(comparator, bias, a, self.anchor_sums[:num_rows, 0], self.anchor_sums[:num_rows, 1], da)
+            for n in (1, 2) if self.num_near else (2,):
+                _correct(comparator, bias, self.vectors[n], self.facts[n][2], self.facts[n][3], self.grads[n])
+        if not self.num_near:
+            db.fill(0)
+        _pairs_back(comparator, bias, a, b, self.positives, self.slopes[:num_rows], da, db)
+        return total
+
+    def _lose_block(self, block: _Block, weights: Any, num_far: int, skip: Any) -> float:
+        """Products, losses, and the products back."""
         if self.num_near:
-            b, db = compared.near[rows].view(chunks), compared.near_grads[rows].view(chunks)
-            square = near.view(chunks[0], self.chunk, self.chunk)
-            torch.bmm(a.view(chunks), b.transpose(1, 2), out=square)
+            torch.bmm(block.a_chunks, block.near_columns, out=block.near_scores)
         if self.num_far:
-            torch.bmm(a, drawn.transpose(1, 2), out=far)
-        sizes = np.array([self.chunk, self.group, rows.start, first, num_far])
+            torch.bmm(block.a, block.far_columns, out=block.far_scores)
         total = _lose(
-            self.kinds, self.scalars, sizes, weights, self.anchor_facts[0], self.anchor_facts[1], self.positives,
-            near.numpy(), far.view(num_rows, self.num_far).numpy(), skip, self.slopes, self.anchor_sums,
-            self.near_facts, self.far_facts, self.scores, self.t,
+            self.kinds, self.scalars, block.sizes, weights, self.facts[0], self.positives, block.near_rows,
+            block.far_rows, num_far, skip, self.slopes, self.anchor_sums, self.facts[1], self.facts[2], self.scores,
+            self.t,
         )  # fmt: skip
         if self.num_far:
-            torch.bmm(far, drawn, out=da)
-            torch.bmm(far.transpose(1, 2), a, out=drawn_grads)
+            torch.bmm(block.far_scores, block.far, out=block.da)
+            torch.bmm(block.far_scores_columns, block.a, out=block.dfar)
         else:
-            da.zero_()
+            block.da.zero_()
         if self.num_near:
-            da.view(chunks).baddbmm_(square, b)
-            torch.bmm(square.transpose(1, 2), a.view(chunks), out=db)
+            block.da_chunks.baddbmm_(block.near_scores, block.near)
+            torch.bmm(block.near_scores_columns, block.a_chunks, out=block.dnear)
         return total
+
+
+def block_groups(config: GraphConfig, num_far: int) -> int:
+    """Groups whose scores are worked on at once."""
+    groups = padded(config.batch_edges, config.group_edges) // config.group_edges
+    return min(groups, max(1, BLOCK_BYTES // (4 * config.group_edges * max(1, num_far))))
+
+
+def room_for(config: GraphConfig, num_far: int) -> int:
+    """Numbers that the scores of a block take, of a side at a time."""
+    num_near = 0 if config.all_negs else config.num_batch_negs
+    return block_groups(config, num_far) * config.group_edges * (num_near + num_far)
 
 
 def padded(rows: int, group: int) -> int:

@@ -10,16 +10,15 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from puna.graph.operators import FAST
+from puna.graph.compiled import exact_kernel, kernel
 
 EPSILON = np.float32(1e-10)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _TO_UNIT = 2.0**-53
 
 
-@njit(nogil=True, cache=True)
+@exact_kernel
 def mix(x: Any) -> Any:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64 bits that depend on all 64 bits of x."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -27,7 +26,7 @@ def mix(x: Any) -> Any:
     return x ^ (x >> np.uint64(31))
 
 
-@njit(nogil=True, cache=True)
+@exact_kernel
 def draw(key: Any, bound: int, first: int, out: Any) -> None:
     """Whole numbers below `bound`, evenly; the n-th is a function of (key, first + n)."""
     for n in range(out.shape[0]):
@@ -35,7 +34,18 @@ def draw(key: Any, bound: int, first: int, out: Any) -> None:
         out[n] = np.int32((bits * np.uint64(bound)) >> np.uint64(32))
 
 
-@njit(nogil=True, cache=True)
+@exact_kernel
+def draw_groups(key: Any, num_rows: int, pool: Any, num_uniform: int, out: Any) -> None:
+    """For each group, a row of `out`: `num_uniform` rows below num_rows, then rows that stand anywhere in `pool`."""
+    num_drawn = out.shape[1]
+    for g in range(out.shape[0]):
+        draw(key, num_rows, g * num_drawn, out[g, :num_uniform])
+        draw(key, pool.shape[0], g * num_drawn + num_uniform, out[g, num_uniform:])
+        for n in range(num_uniform, num_drawn):
+            out[g, n] = pool[out[g, n]]
+
+
+@exact_kernel
 def fill_normal(key: Any, scale: float, first: int, step: int, out: Any) -> None:
     """out[r] = normal numbers of node first + r * step, a function of (key, node): the same however nodes are cut up."""
     dim = out.shape[1]
@@ -51,7 +61,7 @@ def fill_normal(key: Any, scale: float, first: int, step: int, out: Any) -> None
                 out[r, k + 1] = scale * radius * math.sin(angle)
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def gather(table: Any, rows: Any, max_norm: Any, out: Any) -> None:
     """out[i] = table[rows[i]], zeros where rows[i] is -1; a row longer than max_norm (if above 0) is shortened first."""
     dim = table.shape[1]
@@ -73,7 +83,7 @@ def gather(table: Any, rows: Any, max_norm: Any, out: Any) -> None:
             out[i, k] = table[row, k]
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def scatter(
     table: Any, sums: Any, rows: Any, grads: Any, rate: Any, first: Any, following: Any, unique: Any, total: Any
 ) -> int:
@@ -122,7 +132,7 @@ def scatter(
     return bad
 
 
-@njit(nogil=True, fastmath=FAST, cache=True)
+@kernel
 def adagrad(table: Any, sums: Any, rows: Any, grads: Any, rate: Any) -> int:
     """Element-wise Adagrad of whole rows, for relations; grads[i] is the gradient of row rows[i], each named once.
 
@@ -144,7 +154,7 @@ def adagrad(table: Any, sums: Any, rows: Any, grads: Any, rate: Any) -> int:
     return bad
 
 
-@njit(nogil=True, cache=True)
+@exact_kernel
 def number(values: Any, slots: Any, unique: Any) -> int:
     """Give each distinct value its place in `unique` through `slots` (all -1 before); how many there are."""
     count = 0

@@ -116,7 +116,9 @@ class GraphTask(Task):
             return {}
         edges = self.graph.edges("valid")
         if len(edges) > self.eval_edges:
-            chosen = np.random.default_rng(key_of(self.seed, "valid")).choice(len(edges), self.eval_edges, replace=False)
+            chosen = np.random.default_rng(key_of(self.seed, "valid")).choice(
+                len(edges), self.eval_edges, replace=False
+            )
             edges = edges.take(np.sort(chosen))
         torch.set_num_threads(self.num_workers)
         figures = rank(self.scorer(), edges).figures()["filtered"]
@@ -137,7 +139,9 @@ class GraphTask(Task):
             "num_workers": self.num_workers,
             "held_partitions": min(HELD, config.num_partitions),
             "swaps_per_epoch": config.num_chunks * num_swaps(order, HELD),
-            "table_bytes": memory_bytes(config, self.graph.num_nodes, int(np.diff(self.buckets.offsets).max()), self.num_workers),
+            "table_bytes": memory_bytes(
+                config, self.graph.num_nodes, int(np.diff(self.buckets.offsets).max()), self.num_workers
+            ),
             "flops_per_token": 0 if config.all_negs else 12 * width * config.dim,
         }
         return facts | ({} if config.patience else {"total_tokens": self.total})

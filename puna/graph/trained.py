@@ -32,7 +32,11 @@ def load(run: Path, config: GraphConfig, graph: Graph, step: int | None = None) 
     """
     table = Table(run, config, graph.num_nodes, key=0)
     relations = fresh_relations(config, graph.num_relations)
-    state: State = {"nodes": Rows(table.vectors), "nodes.adagrad": Rows(table.sums), "best": Json(dict, lambda best: None)}
+    state: State = {
+        "nodes": Rows(table.vectors),
+        "nodes.adagrad": Rows(table.sums),
+        "best": Json(dict, lambda best: None),
+    }
     if relations[0].table.size:
         state["relations"] = Tensors(lambda: relation_tensors(relations))
     manifest = checkpoint.load(run, state, step)

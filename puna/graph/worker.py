@@ -17,8 +17,8 @@ from torch import Tensor
 from puna.graph import operators, scores
 from puna.graph.config import PAIRED, GraphConfig
 from puna.graph.graph import Edges
-from puna.graph.scores import Compared, Pairs, padded, prepare, restore
-from puna.graph.tables import adagrad, draw, gather, mix, number, scatter
+from puna.graph.scores import Compared, Pairs, padded, prepare, restore, room_for
+from puna.graph.tables import adagrad, draw_groups, gather, mix, number, scatter
 
 Floats = npt.NDArray[np.float32]
 
@@ -58,6 +58,7 @@ class Side:
         shape = (groups, drawn, dim)
         self.compared = Compared(self.near, self.near_grads, self.far.view(shape), self.far_grads.view(shape))
         self.rows, self.drawn_rows = rows[:size], rows[size:]
+        self.draws = self.drawn_rows.reshape(groups, drawn)
 
 
 class Worker:
@@ -79,9 +80,13 @@ class Worker:
             Side(self.vectors[own], self.grads[own], self.rows[own], self.size, self.groups, self.drawn)
             for own in (slice(slots), slice(slots, None))
         )
-        self.pairs = Pairs(config, self.drawn)
         self.anchors, self.anchor_grads = torch.zeros(2, self.size, config.dim), torch.zeros(2, self.size, config.dim)
         self.turned = self._turned()
+        room = torch.empty(room_for(config, self.drawn))
+        self.pairs = [
+            Pairs(config, anchors, grads, compared, room)
+            for anchors, grads, compared in zip(*self._guesses(), strict=True)
+        ]
         self.lengths = np.ones((3, max(2 * slots, 2 * self.size)), np.float32)
         self.ones = np.ones(self.size, np.float32)
         self.first, self.following = np.full(num_rows, -1, np.int32), np.empty(2 * slots, np.int32)
@@ -89,6 +94,12 @@ class Worker:
         self.relation_slots = np.full(num_relations, -1, np.int32)
         self.relation_unique = np.empty(min(num_relations, self.size), np.int32)
         self.relation_grads = np.zeros((2, len(self.relation_unique), self.num_parameters), np.float32)
+
+    def _guesses(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Compared]]:
+        """For guessing tails and heads: anchors, their gradients, and what they are compared with."""
+        if self.config.reciprocal:
+            return self.anchors, self.anchor_grads, (self.tails.compared, self.heads.compared)
+        return (self.heads.near, self.turned.near), self.anchor_grads, (self.turned, self.heads.compared)
 
     def _turned(self) -> Compared:
         """Room for tails, true and drawn, under the operator where there is one."""
@@ -153,12 +164,7 @@ class Worker:
             side.drawn_rows[:num_rows] = np.arange(num_rows, dtype=np.int32)
             side.drawn_rows[num_rows:] = -1
             return num_rows
-        draws = side.drawn_rows.reshape(self.groups, self.drawn)
-        even = self.config.num_uniform_negs
-        for g in range(self.groups):
-            draw(key, num_rows, g * self.drawn, draws[g, :even])
-            draw(key, len(others), g * self.drawn + even, draws[g, even:])
-            draws[g, even:] = others[draws[g, even:]]
+        draw_groups(key, num_rows, others, self.config.num_uniform_negs, side.draws)
         return self.drawn
 
     def _guess_reciprocally(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> float:
@@ -171,10 +177,7 @@ class Worker:
         vectors = self.vectors.numpy()
         prepare(self.comparator, self.bias, vectors, self.lengths[0])
         prepare(self.comparator, self.bias, flat, self.lengths[1])
-        loss = sum(
-            self._lose(n, self.anchors[n], self.anchor_grads[n], guessed[n].compared, weights, guessed[n].rows)
-            for n in range(2)
-        )
+        loss = sum(self._lose(n, weights, guessed[n].rows) for n in range(2))
         restore(self.comparator, self.bias, vectors, self.lengths[0], self.grads.numpy())
         restore(self.comparator, self.bias, flat, self.lengths[1], flat_grads)
         for n, relations in enumerate(sides):
@@ -201,10 +204,9 @@ class Worker:
         ]
         for n, (vectors, _) in enumerate(prepared):
             prepare(self.comparator, bias, vectors, self.lengths[n])
-        loss = self._lose(0, heads.near, self.anchor_grads[0], turned, weights, self.tails.rows)
-        loss += self._lose(1, turned.near, self.anchor_grads[1], heads.compared, weights, heads.rows)
-        heads.near_grads += self.anchor_grads[0]
-        turned.near_grads += self.anchor_grads[1]
+        loss = self._lose(0, weights, self.tails.rows) + self._lose(1, weights, heads.rows)
+        heads.near_grads.add_(self.anchor_grads[0])
+        turned.near_grads.add_(self.anchor_grads[1])
         for n, (vectors, grads) in enumerate(prepared):
             restore(self.comparator, bias, vectors, self.lengths[n], grads)
         self.tails.grads.zero_()
@@ -217,12 +219,10 @@ class Worker:
             )  # fmt: skip
         return loss
 
-    def _lose(
-        self, side: int, anchors: Tensor, grads: Tensor, compared: Compared, weights: Floats, true_rows: Any
-    ) -> float:
+    def _lose(self, side: int, weights: Floats, true_rows: Any) -> float:
         """side: 0 where tails are guessed, 1 heads. Under all_negs a true node's own column is no negative."""
         skip = true_rows[: len(weights)].astype(np.int64) if self.config.all_negs else None
-        return self.pairs.lose(anchors, grads, compared, weights, self.num_far[1 - side], skip)
+        return self.pairs[side].lose(weights, self.num_far[1 - side], skip)
 
     def _regularise(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> None:
         weight, paired = self.config.n3, self.config.operator in PAIRED
