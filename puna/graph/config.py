@@ -114,6 +114,11 @@ class GraphConfig(Section):
         return self.chunk_edges * share
 
     @property
-    def num_drawn(self) -> int:
-        """Negatives that are drawn for a group, for each side."""
-        return self.num_uniform_negs + self.num_prevalence_negs
+    def merges(self) -> bool:
+        """Whether a group is one chunk: its own nodes then stand before the drawn ones, and one product does for both."""
+        return not self.all_negs and self.num_batch_negs > 0 and self.group_edges == self.chunk_edges
+
+    @property
+    def num_candidates(self) -> int:
+        """Nodes that every edge of a group is compared with, for each side: drawn ones, and a merged chunk's own."""
+        return self.num_uniform_negs + self.num_prevalence_negs + self.merges * self.num_batch_negs

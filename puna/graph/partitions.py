@@ -113,7 +113,7 @@ def memory_bytes(config: GraphConfig, num_nodes: int, bucket_edges: int, num_wor
     rows = partition_rows(num_nodes, config.num_partitions, 0)
     held = min(HELD, config.num_partitions)
     size = padded(config.batch_edges, config.group_edges)
-    drawn = rows if config.all_negs else config.num_drawn
+    drawn = rows if config.all_negs else config.num_candidates
     slots = 2 * (size + size // config.group_edges * drawn)
     worker = 8 * slots * config.dim + 16 * size * config.dim + BLOCK_BYTES
     return held * rows * (4 * config.dim + 4) + num_workers * worker + 24 * bucket_edges

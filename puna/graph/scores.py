@@ -157,19 +157,22 @@ def _to_slopes_by_products(
 @kernel
 def _lose(
     kinds: Any, scalars: Any, sizes: Any, weights: Any, anchor_facts: Any, positives: Any, near: Any, far: Any,
-    num_far: int, skip: Any, slopes: Any, anchor_sums: Any, near_facts: Any, far_facts: Any, scores: Any, t: Any,
+    num_far: int, true: Any, slopes: Any, anchor_sums: Any, near_facts: Any, far_facts: Any, scores: Any, t: Any,
 ) -> float:  # fmt: skip
     """Losses of a block of rows; `near` (rows, chunk) and `far` (rows, drawn), products, become slopes by products.
 
-    sizes: of a chunk, of a group, the block's first row and group. Rows beyond the weights are padding. num_far: far
-    columns that hold a node. skip[row]: the far column that is the true node, or -1. anchor_sums (rows, 2): sums of
-    slopes by scores and by products. Facts (4, N): squared lengths, biases, the same sums by node. scores, t: scratch.
+    sizes: of a chunk, of a group, the block's first row and group, and columns of a row that are its chunk's nodes, in
+    near or else the first of far. Rows beyond the weights are padding. num_far: far columns that hold a node. true[row]:
+    the far column that is the true node, where the chunk's are not there, or -1. What is the true node or padding is no
+    negative. Under dot and cos the product of a row with its true node, where there is one, gives the positive score
+    and takes its slope; `positives` and `slopes` (rows,) hold both. anchor_sums (rows, 2): sums of slopes by scores and
+    by products. Facts (4, N): squared lengths, biases, the same sums by node. scores, t: scratch.
     """
     comparator, loss, bias = kinds[0], kinds[1], kinds[2]
-    chunk, group, first, first_group = sizes[0], sizes[1], sizes[2], sizes[3]
+    chunk, group, first, first_group, num_chunk = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
     plain = comparator < L2 and not bias
     num_near, width = near.shape[1], far.shape[1]
-    num_rows = weights.shape[0]
+    num_rows, num_columns = weights.shape[0], num_near + num_far
     total = 0.0
     for r in range(near.shape[0]):
         i = first + r
@@ -186,24 +189,20 @@ def _lose(
         chunk_start, far_start = i // chunk * chunk, (first_group + r // group) * width
         own, own_bias = anchor_facts[0, i], anchor_facts[1, i]
         if not plain:
-            to_scores(
-                comparator, bias, own, own_bias, near_facts[0], near_facts[1], chunk_start, num_near, t, 0
-            )
-            to_scores(
-                comparator, bias, own, own_bias, far_facts[0], far_facts[1], far_start, width, t, num_near
-            )
-        count = num_far
-        if num_near:
-            present = min(chunk, num_rows - chunk_start)
-            t[i - chunk_start] = MASKED
-            for j in range(present, num_near):
-                t[j] = MASKED
-            count += present - 1
-        for j in range(num_near + num_far, t.shape[0]):
-            t[j] = MASKED
-        if skip[i] >= 0:
-            t[num_near + skip[i]] = MASKED
+            to_scores(comparator, bias, own, own_bias, near_facts[0], near_facts[1], chunk_start, num_near, t, 0)
+            to_scores(comparator, bias, own, own_bias, far_facts[0], far_facts[1], far_start, width, t, num_near)
+        count, column = num_columns, i - chunk_start if num_chunk else true[i]
+        if column >= 0:
+            if plain:
+                positives[i] = t[column]
+            t[column] = MASKED
             count -= 1
+        present = min(num_chunk, num_rows - chunk_start)
+        for j in range(present, num_chunk):
+            t[j] = MASKED
+        count -= num_chunk - present
+        for j in range(num_columns, t.shape[0]):
+            t[j] = MASKED
         if not plain:
             for j in range(t.shape[0]):
                 scores[j] = t[j]
@@ -220,6 +219,8 @@ def _lose(
             )  # fmt: skip
             anchor_sums[i, 0] = near_sums[0] + far_sums[0]
             anchor_sums[i, 1] = near_sums[1] + far_sums[1]
+        elif column >= 0:
+            t[column] = slopes[i]
         for j in range(num_near):
             near[r, j] = t[j]
         for j in range(width):
@@ -265,7 +266,7 @@ class Compared:
 class _Block:
     """Some groups of a batch: views of everything that their products read and write."""
 
-    sizes: npt.NDArray[np.int64]  # of a chunk, of a group, first row, first group
+    sizes: npt.NDArray[np.int64]  # of a chunk, of a group, first row, first group, columns that are the chunk's
     a: Tensor  # (groups, group, D)
     da: Tensor
     far: Tensor  # (groups, drawn, D)
@@ -289,7 +290,8 @@ class Pairs:
 
     def __init__(self, config: GraphConfig, anchors: Tensor, anchor_grads: Tensor, compared: Compared, room: Tensor):
         """anchors (B, D), B whole groups; row i's true node is row i of near. room: `room_for` numbers."""
-        self.num_near = 0 if config.all_negs else config.num_batch_negs
+        self.num_chunk = 0 if config.all_negs else config.num_batch_negs
+        self.num_near = 0 if config.merges else self.num_chunk
         self.num_far = compared.far.shape[1]
         self.chunk, self.group = config.chunk_edges, config.group_edges
         comparator, loss = CODES[config.comparator], losses.CODES[config.loss]
@@ -303,7 +305,9 @@ class Pairs:
         self.positives, self.slopes = np.zeros((2, size), np.float32)
         self.anchor_sums = np.zeros((size, 2), np.float32)
         self.facts = [np.zeros((4, len(vectors)), np.float32) for vectors in self.vectors]
-        self.no_skip = np.full(size, -1, np.int64)
+        self.nowhere = np.full(size, -1, np.int64)
+        has_true = bool(self.num_chunk) or config.all_negs
+        self.by_products = has_true and comparator < L2 and not config.bias
         groups, step = size // self.group, block_groups(config, self.num_far)
         self.blocks = [
             self._block(first, min(first + step, groups), anchors, anchor_grads, compared, room)
@@ -316,14 +320,12 @@ class Pairs:
         dim, count = anchors.shape[1], last - first
         rows, num_rows = slice(first * self.group, last * self.group), count * self.group
         chunks = (num_rows // self.chunk, self.chunk, dim)
-        a, da, near, dnear = (
-            x[rows] for x in (anchors, anchor_grads, compared.near, compared.near_grads)
-        )
+        a, da, near, dnear = (x[rows] for x in (anchors, anchor_grads, compared.near, compared.near_grads))
         near_scores = room[: num_rows * self.num_near].view(chunks[0], self.chunk, self.num_near)
         far_scores = room[num_rows * self.num_near :][: num_rows * self.num_far].view(count, self.group, self.num_far)
         far = compared.far[first:last]
         return _Block(
-            np.array([self.chunk, self.group, rows.start, first]),
+            np.array([self.chunk, self.group, rows.start, first, self.num_chunk]),
             a.view(count, self.group, dim), da.view(count, self.group, dim),
             far, far.transpose(1, 2), compared.far_grads[first:last],
             far_scores, far_scores.transpose(1, 2),
@@ -332,25 +334,27 @@ class Pairs:
             near_scores.view(num_rows, self.num_near).numpy(), far_scores.view(num_rows, self.num_far).numpy(),
         )  # fmt: skip
 
-    def lose(self, weights: Any, num_far: int | None = None, skip: Any = None) -> float:
+    def lose(self, weights: Any, num_far: int | None = None, true: Any = None) -> float:
         """Loss of the rows of `weights`; fills the gradients of anchors and of what they are compared with.
 
         All vectors are prepared; rows beyond the weights are finite padding. num_far: columns of far that hold a node;
-        the others are masked. skip: for each row the column of far that is its true node, or -1.
+        the others are masked. true: for each row the column of far that is its true node, or -1, where rows of near are
+        not among the candidates.
         """
         comparator, bias, num_rows = self.comparator, self.bias, len(weights)
-        skip = self.no_skip if skip is None else skip
+        true = self.nowhere if true is None else true
         num_far = self.num_far if num_far is None else num_far
         a, b, _ = self.vectors
         da, db, _ = self.grads
-        score_pairs(comparator, bias, a, b, self.positives[:num_rows])
+        if not self.by_products:
+            score_pairs(comparator, bias, a, b, self.positives[:num_rows])
         if comparator >= L2 or bias:
             for vectors, facts in zip(self.vectors, self.facts, strict=True):
                 _facts(bias, vectors, facts)
         total = 0.0
         for block in self.blocks:
             if block.sizes[2] < num_rows:
-                total += self._lose_block(block, weights, num_far, skip)
+                total += self._lose_block(block, weights, num_far, true)
             else:
                 block.dnear.zero_()
                 block.dfar.zero_()
@@ -360,10 +364,11 @@ class Pairs:
                 _correct(comparator, bias, self.vectors[n], self.facts[n][2], self.facts[n][3], self.grads[n])
         if not self.num_near:
             db.fill(0)
-        _pairs_back(comparator, bias, a, b, self.positives, self.slopes[:num_rows], da, db)
+        if not self.by_products:
+            _pairs_back(comparator, bias, a, b, self.positives, self.slopes[:num_rows], da, db)
         return total
 
-    def _lose_block(self, block: _Block, weights: Any, num_far: int, skip: Any) -> float:
+    def _lose_block(self, block: _Block, weights: Any, num_far: int, true: Any) -> float:
         """Products, losses, and the products back."""
         if self.num_near:
             torch.bmm(block.a_chunks, block.near_columns, out=block.near_scores)
@@ -371,7 +376,7 @@ class Pairs:
             torch.bmm(block.a, block.far_columns, out=block.far_scores)
         total = _lose(
             self.kinds, self.scalars, block.sizes, weights, self.facts[0], self.positives, block.near_rows,
-            block.far_rows, num_far, skip, self.slopes, self.anchor_sums, self.facts[1], self.facts[2], self.scores,
+            block.far_rows, num_far, true, self.slopes, self.anchor_sums, self.facts[1], self.facts[2], self.scores,
             self.t,
         )  # fmt: skip
         if self.num_far:
@@ -393,7 +398,7 @@ def block_groups(config: GraphConfig, num_far: int) -> int:
 
 def room_for(config: GraphConfig, num_far: int) -> int:
     """Numbers that the scores of a block take, of a side at a time."""
-    num_near = 0 if config.all_negs else config.num_batch_negs
+    num_near = 0 if config.all_negs or config.merges else config.num_batch_negs
     return block_groups(config, num_far) * config.group_edges * (num_near + num_far)
 
 

@@ -35,13 +35,16 @@ def draw(key: Any, bound: int, first: int, out: Any) -> None:
 
 
 @exact_kernel
-def draw_groups(key: Any, num_rows: int, pool: Any, num_uniform: int, out: Any) -> None:
-    """For each group, a row of `out`: `num_uniform` rows below num_rows, then rows that stand anywhere in `pool`."""
-    num_drawn = out.shape[1]
+def draw_groups(key: Any, num_rows: int, near: Any, chunk: int, pool: Any, num_uniform: int, out: Any) -> None:
+    """For each group, a row of `out`: its `chunk` rows of near, `num_uniform` rows below num_rows, then rows that stand
+    anywhere in `pool`."""
+    width, uniform_end = out.shape[1], chunk + num_uniform
     for g in range(out.shape[0]):
-        draw(key, num_rows, g * num_drawn, out[g, :num_uniform])
-        draw(key, pool.shape[0], g * num_drawn + num_uniform, out[g, num_uniform:])
-        for n in range(num_uniform, num_drawn):
+        for n in range(chunk):
+            out[g, n] = near[g * chunk + n]
+        draw(key, num_rows, g * width, out[g, chunk:uniform_end])
+        draw(key, pool.shape[0], g * width + num_uniform, out[g, uniform_end:])
+        for n in range(uniform_end, width):
             out[g, n] = pool[out[g, n]]
 
 

@@ -131,7 +131,7 @@ class GraphTask(Task):
         """Sizes, memory by the formula, swaps of an epoch by its order."""
         order = self._order(0, 0)
         config = self.config
-        width = config.num_batch_negs + config.num_drawn
+        width = config.num_batch_negs + config.num_uniform_negs + config.num_prevalence_negs
         facts = {
             "num_parameters": self.graph.num_nodes * config.dim + sum(side.table.size for side in self.relations),
             "num_nodes": self.graph.num_nodes,

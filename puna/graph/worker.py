@@ -69,7 +69,7 @@ class Worker:
         self.config = config
         self.size = padded(config.batch_edges, config.group_edges)
         self.groups = self.size // config.group_edges
-        self.drawn = num_rows if config.all_negs else config.num_drawn
+        self.drawn = num_rows if config.all_negs else config.num_candidates
         self.code, self.comparator = operators.CODES[config.operator], scores.CODES[config.comparator]
         self.bias = int(config.bias)
         self.num_parameters = operators.num_parameters(config.operator, config.dim)
@@ -164,7 +164,8 @@ class Worker:
             side.drawn_rows[:num_rows] = np.arange(num_rows, dtype=np.int32)
             side.drawn_rows[num_rows:] = -1
             return num_rows
-        draw_groups(key, num_rows, others, self.config.num_uniform_negs, side.draws)
+        chunk = self.config.num_batch_negs if self.config.merges else 0
+        draw_groups(key, num_rows, side.rows, chunk, others, self.config.num_uniform_negs, side.draws)
         return self.drawn
 
     def _guess_reciprocally(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> float:
@@ -221,8 +222,8 @@ class Worker:
 
     def _lose(self, side: int, weights: Floats, true_rows: Any) -> float:
         """side: 0 where tails are guessed, 1 heads. Under all_negs a true node's own column is no negative."""
-        skip = true_rows[: len(weights)].astype(np.int64) if self.config.all_negs else None
-        return self.pairs[side].lose(weights, self.num_far[1 - side], skip)
+        true = true_rows[: len(weights)].astype(np.int64) if self.config.all_negs else None
+        return self.pairs[side].lose(weights, self.num_far[1 - side], true)
 
     def _regularise(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> None:
         weight, paired = self.config.n3, self.config.operator in PAIRED

@@ -126,10 +126,8 @@ def make(config, num_edges, seed=0):
 
 def drawn_of(worker):
     """The rows that the worker drew, by side and group."""
-    return {
-        name: side.drawn_rows.reshape(worker.groups, worker.drawn).tolist()
-        for name, side in (("head", worker.heads), ("tail", worker.tails))
-    }
+    own = worker.config.num_batch_negs if worker.config.merges else 0
+    return {name: side.draws[:, own:].tolist() for name, side in (("head", worker.heads), ("tail", worker.tails))}
 
 
 def table_gradients(worker, num_nodes):
@@ -179,7 +177,9 @@ def test_gradients_are_autograds(operator, comparator, reciprocal):
         {"n3": 0.1},
         {"n3": 0.1, "operator": "diagonal", "reciprocal": False},
         {"n3": 0.1, "operator": "rotation", "comparator": "l2"},
-        {"share_negs": 2},
+        {"share_negs": 2, "batch_edges": 12},
+        {"share_negs": 0, "comparator": "l2", "bias": True},
+        {"share_negs": 0, "comparator": "squared_l2", "reciprocal": False},
         {"share_negs": 0, "batch_edges": 12},
         {"num_batch_negs": 0},
         {"num_uniform_negs": 0},
@@ -257,11 +257,11 @@ def test_what_is_masked_has_no_slope_at_all(loss):
     config = config_of(loss=loss, dim=2, operator="none", batch_edges=6, num_batch_negs=6)
     part, sides, edges, worker = make(config, 4)
     worker.differentiate(edges, edges, 1, part, part, sides)
-    near = worker.pairs[1].blocks[0].near_rows
-    assert (near[:4].diagonal() == 0).all()
-    assert (near[:4, 4:] == 0).all()
-    assert (near[4:] == 0).all()
-    assert (near[:4, :4] != 0).any()
+    slopes = worker.pairs[1].blocks[0].far_rows[:, :6]
+    assert (slopes[:4, 4:] == 0).all()
+    assert (slopes[4:] == 0).all()
+    np.testing.assert_array_equal(slopes[:4].diagonal(), worker.pairs[1].slopes[:4])
+    assert (slopes[:4, :4] != 0).any()
 
 
 @pytest.mark.parametrize(("num_prevalence_negs", "follows_degree"), [(64, True), (0, False)])
@@ -274,7 +274,7 @@ def test_prevalence_negatives_follow_degree_and_uniform_ones_do_not(num_prevalen
     found = np.zeros(NUM_NODES)
     for key in range(400):
         worker.differentiate(edges, pool, key, part, part, sides)
-        found += np.bincount(worker.tails.drawn_rows, minlength=NUM_NODES)
+        found += np.bincount(np.ravel(drawn_of(worker)["tail"]), minlength=NUM_NODES)
     expected = found.sum() * (degrees / degrees.sum() if follows_degree else np.full(NUM_NODES, 1 / NUM_NODES))
     chi_square = ((found - expected) ** 2 / expected).sum()
     assert chi_square < 48.3  # 22 degrees of freedom: exceeded once in a thousand
