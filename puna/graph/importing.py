@@ -2,10 +2,10 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,16 +41,17 @@ def import_graph(
     out.mkdir(parents=True, exist_ok=True)
     counts: dict[str, int] = {}
     files: dict[str, dict[str, Any]] = {}
-    nodes, relations = Names(out / "nodes.txt"), Names(out / "relations.txt")
-    if "relation" not in columns:
-        relations.numbers(_constant(ONLY_RELATION))
-    for split, path in splits.items():
-        counts[split], written = _write_split(split, path, out, columns, delimiter, header, nodes, relations)
-        files |= written
+    with (out / "nodes.txt").open("wb") as node_file, (out / "relations.txt").open("wb") as relation_file:
+        nodes, relations = Names(node_file), Names(relation_file)
+        if "relation" not in columns:
+            relations.numbers(_constant(ONLY_RELATION))
+        for split, path in splits.items():
+            counts[split], written = _write_split(split, path, out, columns, delimiter, header, nodes, relations)
+            files |= written
+        _sync([node_file, relation_file])
     if not counts["train"]:
         raise DataError(f"{splits['train']} has no edge", "Give a file with edges.")
-    for name, names in (("nodes.txt", nodes), ("relations.txt", relations)):
-        _sync(names.file)
+    for name in ("nodes.txt", "relations.txt"):
         files[name] = {"bytes": (out / name).stat().st_size, "sha256": sha256_of(out / name)}
     weighted = "weight" in columns
     manifest = {
@@ -99,9 +100,7 @@ def _write_split(
             for name, file in hashed.items():
                 file.write(np.ascontiguousarray(values[name], COLUMNS[name]))
             count += size
-        for file in raw.values():
-            file.flush()
-            os.fsync(file.fileno())
+        _sync(raw.values())
     return count, {f"{split}.{name}": file.fingerprint for name, file in hashed.items()}
 
 
@@ -125,16 +124,15 @@ def _constant(name: str) -> Column:
     return Column(data, np.array([0]), np.array([len(data)]))
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
+def _sync(files: Iterable[IO[bytes]]) -> None:
+    for file in files:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _write_last(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        _sync([file])
     os.replace(temporary, path)

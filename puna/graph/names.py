@@ -4,7 +4,7 @@ In memory stand 128 bits a name (two hashes) rather than the name: two of a bill
 """
 
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,8 @@ _EMPTY = -1
 class Names:
     """Numbers for names, new ones as they come; the new names are written to `file` one a line."""
 
-    def __init__(self, path: Path) -> None:
-        self.file = path.open("wb")
-        self.count = 0
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.count = file, 0
         self._room(1 << 12)
 
     def _room(self, capacity: int) -> None:
