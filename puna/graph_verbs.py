@@ -1,7 +1,7 @@
 """`puna graph`: parse, call one function, print. What it needs is imported inside the verbs."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -81,7 +81,7 @@ def graph_eval(
 
     scorer, found = _load(run, data, step)
     figures = {"run": str(run), "step": found, "split": split} | evaluate(scorer, split, limit, relations)
-    table = [] if as_json else figures.pop("relations", [])
+    table: Any = [] if as_json else figures.pop("relations", [])
     print_figures(figures, as_json)
     for record in table:
         out().print(

@@ -82,6 +82,32 @@ STARTER = (
 )
 """What a user changes, by section: the keys of `puna recipe init`."""
 
+GRAPH_STARTER = (
+    "run.dir",
+    "run.seed",
+    "run.num_threads",
+    "data.path",
+    "graph.dim",
+    "graph.operator",
+    "graph.comparator",
+    "graph.loss",
+    "graph.n3",
+    "graph.epochs",
+    "graph.batch_edges",
+    "graph.num_batch_negs",
+    "graph.num_uniform_negs",
+    "graph.lr",
+    "graph.num_partitions",
+    "graph.patience",
+    "schedule.decay",
+    "schedule.final_ratio",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.every",
+    "eval.tokens",
+)
+"""The same for a recipe that trains a graph."""
+
 
 class Recipe(LoopConfig):
     """Everything one run depends on."""
@@ -621,16 +647,17 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 def starter(name: str, run: str) -> str:
     """A recipe to edit, as TOML: the shipped recipe `name` with the run directory `run`.
 
-    It holds what users change (`STARTER`) with the recipe's own values, each below its meaning, unit and limits; the
-    rest comes by `extends`. Raises RecipeError where no such recipe ships.
+    It holds what users change (`STARTER`, `GRAPH_STARTER`) with the recipe's own values, each below its meaning, unit
+    and limits; the rest comes by `extends`. Raises RecipeError where no such recipe ships.
     """
     if name not in names():
         raise RecipeError(f"no recipe named {name!r} ships", f"Begin from one of {', '.join(names())}.")
-    values = flat(load(name).recipe) | {"run.dir": run}
+    recipe = load(name).recipe
+    values = flat(recipe) | {"run.dir": run}
     lines = [f"# Begun from the recipe {name}. What is not here is as there; `puna recipe show FILE` prints all of it."]
     lines += [f'extends = "{name}"']
     section = ""
-    for key in STARTER:
+    for key in GRAPH_STARTER if recipe.task == "graph" else STARTER:
         group, _, short = key.rpartition(".")
         if group != section:
             section = group

@@ -34,7 +34,7 @@ class Buckets:
 
     @classmethod
     def open(cls, graph: Graph, split: str, num_partitions: int) -> "Buckets":
-        """Buckets are made, beside the graph, the first time that they are asked for. One bucket is the split itself."""
+        """Buckets are made, beside the graph, the first time that they are asked for; one alone is the split itself."""
         if num_partitions == 1:
             edges = graph.edges(split)
             return cls(edges, np.array([0, len(edges)]), 1)
@@ -128,7 +128,7 @@ def _by_affinity(parts: int, rng: np.random.Generator) -> list[Bucket]:
 
 
 def num_swaps(order: Sequence[Bucket], held: int = 2) -> int:
-    """Partitions read from disk along an order while `held` of them stay in memory, the longest unused leaving first."""
+    """Partitions read along an order while `held` of them stay in memory, the longest unused leaving first."""
     memory: list[int] = []
     reads = 0
     for bucket in order:

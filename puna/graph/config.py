@@ -115,7 +115,7 @@ class GraphConfig(Section):
 
     @property
     def merges(self) -> bool:
-        """Whether a group is one chunk: its own nodes then stand before the drawn ones, and one product does for both."""
+        """Whether a group is one chunk: its nodes then stand before the drawn ones, and one product does for both."""
         return not self.all_negs and self.num_batch_negs > 0 and self.group_edges == self.chunk_edges
 
     @property

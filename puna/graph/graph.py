@@ -98,7 +98,7 @@ class Graph:
 
 def map_edges(folder: Path, prefix: str, weighted: bool) -> Edges:
     """Columns in a folder; a file of no bytes, which cannot be mapped, is an empty column."""
-    columns = {}
+    columns: dict[str, Any] = {}
     for name, dtype in COLUMNS.items():
         if name != "weights" or weighted:
             path = folder / f"{prefix}{name}"

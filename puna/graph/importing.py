@@ -29,7 +29,7 @@ def import_graph(
     delimiter: str | None = None,
     header: bool = False,
 ) -> dict[str, Any]:
-    """Write the edge files `splits` (train, valid, test) as a graph. Returns out, num_nodes, num_relations, edges by split.
+    """Write the edge files `splits` (train, valid, test) as a graph. Returns out, num_nodes, num_relations, edges.
 
     columns: what the fields of a row are, of head, relation, tail, weight and - (left out). Nodes and relations are
     numbered as they are first met, train first. Raises DataError: a bad row (file and line), a weight that is no
@@ -71,7 +71,7 @@ def _require_columns(columns: Sequence[str]) -> None:
     if unknown or len(set(named)) != len(named) or not {"head", "tail"} <= set(named):
         raise DataError(
             f"the columns {','.join(columns)} do not describe an edge",
-            "Name head and tail once each, with relation, weight and - (a field that is left out) where rows have them.",
+            "Name head and tail once each, with relation, weight and - (a field left out) where rows have them.",
         )
 
 

@@ -60,7 +60,7 @@ def exp32(x: Any) -> Any:
     poly = poly * f + _T2
     poly = poly * f + _ONE
     poly = poly * f + _ONE
-    power = _float_of_bits(np.int32((np.int32(n) + np.int32(127)) * np.int32(1 << 23)))
+    power: Any = _float_of_bits(np.int32((np.int32(n) + np.int32(127)) * np.int32(1 << 23)))  # type: ignore[call-arg]
     return _ZERO if x < _LOW else poly * power
 
 
@@ -107,9 +107,10 @@ def row_loss(code: int, s: Any, t: Any, count: int, weight: Any, margin: Any, te
     if code == LOGISTIC:
         share = _F(weight / count)
         # log(a) + log(b) = log(ab): one logarithm for 64 factors, none above 2
-        total, product = 0.0, 1.0
+        total = 0.0
         for first in range(0, n, 64):
-            linear, product = _ZERO, 1.0
+            linear: Any = _ZERO
+            product = 1.0
             for j in range(first, min(first + 64, n)):
                 x = t[j]
                 small = exp32(-abs(x))

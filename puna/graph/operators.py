@@ -1,4 +1,4 @@
-"""What a relation does to a vector, forward and backward, without an autograd graph (PBG sheet: Adam Lerer et al. 2019).
+"""What a relation does to a vector, forward and backward, without an autograd graph (Lerer et al. 2019, section 3).
 
 Parameters of a relation are one row of a table. A vector has D numbers, its bias among them:
 
@@ -133,29 +133,21 @@ def operate_back(
 
 
 @kernel
-def add_n3(paired: bool, weight: Any, values: Any, weights: Any, grads: Any) -> float:
-    """N3 of the first rows (Lacroix et al. 2018): weight x sum of weights[i] |x|^3; its gradient is added to `grads`.
+def add_n3(paired: bool, weight: Any, values: Any, weights: Any, grads: Any) -> None:
+    """Add to `grads` those of N3 (Lacroix et al. 2018) of the first rows: weight x sum of weights[i] |x|^3.
 
     paired: |x| is the modulus of a complex number whose parts stand half a vector apart.
     """
     dim = values.shape[1]
     half = dim // 2
-    total = 0.0
     for i in range(weights.shape[0]):
         v, g = values[i], grads[i]
-        scale = np.float32(weight * weights[i])
-        row = np.float32(0)
+        scale = np.float32(3 * weight * weights[i])
         if paired:
             for k in range(half):
-                square = v[k] * v[k] + v[half + k] * v[half + k]
-                modulus = np.sqrt(square)
-                row += square * modulus
-                g[k] += 3 * scale * modulus * v[k]
-                g[half + k] += 3 * scale * modulus * v[half + k]
+                slope = scale * np.sqrt(v[k] * v[k] + v[half + k] * v[half + k])
+                g[k] += slope * v[k]
+                g[half + k] += slope * v[half + k]
         else:
             for k in range(dim):
-                modulus = abs(v[k])
-                row += modulus * modulus * modulus
-                g[k] += 3 * scale * modulus * v[k]
-        total += scale * row
-    return total
+                g[k] += scale * abs(v[k]) * v[k]

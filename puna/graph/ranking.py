@@ -5,6 +5,7 @@ Filtered ranks leave out nodes that make another known edge with the same other 
 Partitions are visited one at a time, so that memory does not grow with the graph.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,7 @@ class Ranks:
 
 
 def summary(ranks: npt.NDArray[np.float64], among: npt.NDArray[np.float64]) -> dict[str, Any]:
-    """Figures of ranks (2, N), each among so many nodes. auc: share of the other nodes that score below the true one."""
+    """Figures of ranks (2, N), each among so many nodes. auc: share of the others that score below the true node."""
     reciprocal = (1 / ranks).mean(axis=0)
     error = float(reciprocal.std(ddof=1) / np.sqrt(len(reciprocal))) if len(reciprocal) > 1 else 0.0
     mrr = float(reciprocal.mean())
@@ -141,7 +142,7 @@ def _blocks(edges: Edges, order: npt.NDArray[Any], mixed: bool) -> Any:
     starts = [0, *(np.flatnonzero(np.diff(relations)) + 1).tolist(), len(order)]
     return [
         order[s : min(s + QUERIES, end)]
-        for start, end in zip(starts[:-1], starts[1:], strict=True)
+        for start, end in itertools.pairwise(starts)
         for s in range(start, end, QUERIES)
     ]
 
@@ -154,23 +155,31 @@ def _count_block(scorer: Scorer, edges: Edges, side: int, known: "Known", rows: 
     vectors = scorer.vectors(np.asarray(given))
     anchors = vectors if turns_candidates else scorer.turned(side if config.reciprocal else 0, vectors, edges.relations)
     anchors = scorer.prepared(anchors)
-    targets = scorer.vectors(np.asarray(true))
-    if turns_candidates:
-        targets = scorer.turned(0, targets, edges.relations)
-    positives = np.empty(len(edges), np.float32)
-    scores.score_pairs(*scorer.kinds, anchors, scorer.prepared(targets), positives)
+    true = np.asarray(true)
+    facts, positives = _facts(scorer, anchors), np.empty(len(edges), np.float32)
     counts = np.zeros((len(edges), 4), np.int64)
-    facts = _facts(scorer, anchors)
-    for part in range(parts):
+
+    def score_part(part: int, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Scores of some anchors with a partition's nodes."""
         candidates = scorer.view(part)
         if turns_candidates:
             candidates = scorer.turned(0, candidates, np.full(len(candidates), edges.relations[0]))
         candidates = scorer.prepared(candidates)
-        products = torch.from_numpy(anchors) @ _tensor(candidates).T
-        _count(
-            *scorer.kinds, products.numpy(), facts, _facts(scorer, candidates), positives, np.asarray(true), part, parts,
-            known.offsets[rows], known.offsets[rows + 1], known.nodes, counts,
-        )  # fmt: skip
+        found = (torch.from_numpy(anchors[rows]) @ _tensor(candidates).T).numpy()
+        _to_scores(*scorer.kinds, found, np.ascontiguousarray(facts[:, rows]), _facts(scorer, candidates))
+        return found
+
+    everyone, found = np.arange(len(edges)), None
+    for part in range(
+        parts
+    ):  # the true node's score comes from the same kind of product as the others', so ties are ties
+        own = np.flatnonzero(true % parts == part)
+        if len(own):
+            found = score_part(part, own)
+            positives[own] = found[np.arange(len(own)), true[own] // parts]
+    for part in range(parts):
+        values = found if parts == 1 else score_part(part, everyone)
+        _count(values, positives, true, part, parts, known.offsets[rows], known.offsets[rows + 1], known.nodes, counts)
     return counts
 
 
@@ -186,15 +195,21 @@ def _facts(scorer: Scorer, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.f
 
 
 @kernel
+def _to_scores(code: int, bias: int, products: Any, anchors: Any, candidates: Any) -> None:
+    """All pairs' products (N, M) become scores; anchors (2, N) and candidates (2, M): squared lengths and biases."""
+    for i in range(products.shape[0]):
+        own, own_bias = anchors[0, i], anchors[1, i]
+        scores.to_scores(code, bias, own, own_bias, candidates[0], candidates[1], 0, products.shape[1], products[i], 0)
+
+
+@kernel
 def _count(
-    code: int, bias: int, products: Any, anchors: Any, candidates: Any, positives: Any, true: Any, part: int, parts: int,
-    starts: Any, ends: Any, known: Any, counts: Any,
-) -> None:  # fmt: skip
-    """Add what one partition's candidates come to; `products` become scores. A node is not counted against itself."""
-    num_rows, num_nodes = products.shape
+    values: Any, positives: Any, true: Any, part: int, parts: int, starts: Any, ends: Any, known: Any, counts: Any
+) -> None:
+    """Add what one partition's scores (N, M) come to. A node is not counted against itself."""
+    num_rows, num_nodes = values.shape
     for i in range(num_rows):
-        row = products[i]
-        scores.to_scores(code, bias, anchors[0, i], anchors[1, i], candidates[0], candidates[1], 0, num_nodes, row, 0)
+        row = values[i]
         positive = positives[i]
         if true[i] % parts == part:
             row[true[i] // parts] = -np.inf

@@ -7,7 +7,7 @@ import bz2
 import csv
 import gzip
 import lzma
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ from puna.graph.compiled import exact_kernel
 BLOCK_BYTES = 8 << 20
 BLOCK_ROWS = 1 << 18
 SEPARATOR = "\x1f"  # between the fields of a CSV line once its quotes are gone
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 DELIMITERS = {".csv": ",", ".jlg": ","}
 NEWLINE, RETURN = ord("\n"), ord("\r")
 
@@ -93,8 +93,8 @@ def _text(path: Path, num_columns: int, separator: str, header: bool) -> Iterato
             line += lines
 
 
-def open_file(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed by its name."""
+def open_file(path: Path) -> Any:
+    """The file, to be read as bytes, decompressed by its name."""
     if path.suffix == ".zst":
         from backports import zstd
 
@@ -125,7 +125,7 @@ def _unquoted(path: Path, line: int, block: bytes) -> bytes:
 
 @exact_kernel
 def _split(data: Any, separator: int, bounds: Any) -> Any:
-    """Fields of each line that is not empty: rows found, start of the first line with other fields or -1, lines read."""
+    """Fields of each line with any: rows found, start of the first line with other fields or -1, lines read."""
     row, lines, start = 0, 0, 0
     num_columns = bounds.shape[1]
     for end in range(data.shape[0]):

@@ -133,7 +133,7 @@ def _to_slopes_by_products(
     code: int, bias: int, scores: Any, slopes: Any, own_bias: Any, biases: Any, start: int, count: int, at: int,
     by_score: Any, by_product: Any,
 ) -> Any:  # fmt: skip
-    """Slopes by scores, in slopes[at:], become slopes by products; both are added up by column, and their sums given."""
+    """Slopes by scores, in slopes[at:], become slopes by products; both are added up by column. Their two sums."""
     score_sum, product_sum = _ZERO, _ZERO
     if bias:
         for j in range(count):
@@ -161,10 +161,10 @@ def _lose(
 ) -> float:  # fmt: skip
     """Losses of a block of rows; `near` (rows, chunk) and `far` (rows, drawn), products, become slopes by products.
 
-    sizes: of a chunk, of a group, the block's first row and group, and columns of a row that are its chunk's nodes, in
-    near or else the first of far. Rows beyond the weights are padding. num_far: far columns that hold a node. true[row]:
-    the far column that is the true node, where the chunk's are not there, or -1. What is the true node or padding is no
-    negative. Under dot and cos the product of a row with its true node, where there is one, gives the positive score
+    sizes: of a chunk, of a group, the block's first row and group, columns of a row that are its chunk's nodes (those
+    of near, or the first of far). Rows beyond the weights are padding. num_far: far columns that hold a node.
+    true[row]: the far column that is the true node, where the chunk's are not there, or -1. What is the true node or
+    padding is no negative. Under dot and cos the product of a row with its true node, where there is one, gives the positive score
     and takes its slope; `positives` and `slopes` (rows,) hold both. anchor_sums (rows, 2): sums of slopes by scores and
     by products. Facts (4, N): squared lengths, biases, the same sums by node. scores, t: scratch.
     """

@@ -1,4 +1,4 @@
-"""Tables of vectors under many workers without locks: fresh rows, gathering, and row-wise Adagrad on scattered gradients.
+"""Tables of vectors under many workers without locks: fresh rows, gathering, row-wise Adagrad on scattered gradients.
 
     sum += mean_d(g_d^2);  row -= rate * g / (sqrt(sum) + 1e-10)          (PBG sheet: one number of state a row)
 
@@ -50,7 +50,7 @@ def draw_groups(key: Any, num_rows: int, near: Any, chunk: int, pool: Any, num_u
 
 @exact_kernel
 def fill_normal(key: Any, scale: float, first: int, step: int, out: Any) -> None:
-    """out[r] = normal numbers of node first + r * step, a function of (key, node): the same however nodes are cut up."""
+    """out[r] = normal numbers of node first + r * step, a function of (key, node), however nodes are cut up."""
     dim = out.shape[1]
     for r in range(out.shape[0]):
         seed = mix(key ^ mix(np.uint64(first + r * step) + np.uint64(1)))
@@ -66,7 +66,7 @@ def fill_normal(key: Any, scale: float, first: int, step: int, out: Any) -> None
 
 @kernel
 def gather(table: Any, rows: Any, max_norm: Any, out: Any) -> None:
-    """out[i] = table[rows[i]], zeros where rows[i] is -1; a row longer than max_norm (if above 0) is shortened first."""
+    """out[i] = table[rows[i]], zeros where that is -1; a row longer than max_norm (if above 0) is shortened first."""
     dim = table.shape[1]
     for i in range(rows.shape[0]):
         row = rows[i]

@@ -111,7 +111,7 @@ class GraphTask(Task):
         return state | {"best": Json(lambda: self.best, self._set_best)}
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Filtered ranks of `eval_edges` held-out edges (the graph's valid split) against all nodes; none without it."""
+        """Filtered ranks of `eval_edges` edges of the graph's valid split against all nodes; none without it."""
         if "valid" not in self.graph.splits or not self.eval_edges:
             return {}
         edges = self.graph.edges("valid")
@@ -211,7 +211,7 @@ class GraphTask(Task):
 
 
 def fresh_relations(config: GraphConfig, num_relations: int) -> list[Relations]:
-    """Identity operators of every relation: for guessing tails, and for guessing heads where relations are reciprocal."""
+    """Identity operators of every relation: for guessing tails and, where relations are reciprocal, heads."""
     row = operators.identity(config.operator, config.dim)
     sides = range(1 + config.reciprocal)
     shape = (num_relations, len(row))

@@ -50,7 +50,7 @@ def load(run: Path, config: GraphConfig, graph: Graph, step: int | None = None) 
 
 
 def evaluate(scorer: Scorer, split: str, limit: int = 0, by_relation: bool = False) -> dict[str, Any]:
-    """Ranks of a split's edges (the first `limit`, where given): num_edges, filtered, raw, and relations where asked for."""
+    """Ranks of a split's edges, or the first `limit`: num_edges, filtered, raw, and (by_relation) relations."""
     edges = scorer.graph.edges(split)
     if not len(edges):
         raise DataError(f"the split {split} of {scorer.graph.folder} has no edge", "Evaluate another split.")
@@ -63,7 +63,7 @@ def export(scorer: Scorer, out: Path, form: str) -> dict[str, Any]:
     """Write vectors and relation parameters to the new folder `out`; form: tsv, parquet or npy.
 
     tsv: nodes.tsv (name, then numbers) and relations.tsv (name, side, operator, then numbers). npy: nodes.npy (in the
-    order of nodes.txt), relations.SIDE.npy, and the names beside them. Returns out, form, num_nodes, num_relations, bytes.
+    order of nodes.txt), relations.SIDE.npy, the names beside them. Returns out, form, num_nodes, num_relations, bytes.
     """
     if out.exists():
         raise DataError(f"{out} is already there", "Name another folder with --out.")

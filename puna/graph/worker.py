@@ -5,7 +5,7 @@ head from h_r(tail) and the tail from g_r(head); one operator guesses both from 
 pass through the operator too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,11 @@ class Worker:
         self.relation_unique = np.empty(min(num_relations, self.size), np.int32)
         self.relation_grads = np.zeros((2, len(self.relation_unique), self.num_parameters), np.float32)
 
-    def _guesses(self) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Compared]]:
+    def _guesses(self) -> tuple[Iterable[Tensor], Iterable[Tensor], Iterable[Compared]]:
         """For guessing tails and heads: anchors, their gradients, and what they are compared with."""
         if self.config.reciprocal:
-            return self.anchors, self.anchor_grads, (self.tails.compared, self.heads.compared)
-        return (self.heads.near, self.turned.near), self.anchor_grads, (self.turned, self.heads.compared)
+            return self.anchors.unbind(), self.anchor_grads.unbind(), (self.tails.compared, self.heads.compared)
+        return (self.heads.near, self.turned.near), self.anchor_grads.unbind(), (self.turned, self.heads.compared)
 
     def _turned(self) -> Compared:
         """Room for tails, true and drawn, under the operator where there is one."""
@@ -120,9 +120,9 @@ class Worker:
     ) -> tuple[float, int]:
         """One update; the loss sum over both sides, and the rows whose gradient was not finite and was not applied.
 
-        edges: at most batch_edges, of one relation unless relations are reciprocal. pool: the bucket's edges, whose ends
-        prevalence negatives are. key: of the draws, 64 bits. sides: parameters for guessing tails, then (reciprocal)
-        those for guessing heads.
+        edges: at most batch_edges, of one relation unless relations are reciprocal. pool: the bucket's edges, whose
+        ends prevalence negatives are. key: of the draws, 64 bits. sides: parameters for guessing tails, then
+        (reciprocal) those for guessing heads.
         """
         loss = self.differentiate(edges, pool, key, head_part, tail_part, sides)
         names = self.relation_unique[: self.num_relations]
@@ -233,8 +233,8 @@ class Worker:
             return
         names = self.relation_unique[: self.num_relations]
         shares = np.bincount(self.relation_slots[edges.relations], weights, len(names)).astype(np.float32)
-        for side, grads in zip(sides, self.relation_grads, strict=False):
-            operators.add_n3(paired, weight, side.table[names], shares, grads)
+        for relations, grads in zip(sides, self.relation_grads, strict=False):
+            operators.add_n3(paired, weight, relations.table[names], shares, grads)
 
     def _scatter(self, head_part: Part, tail_part: Part, rates: Rates) -> int:
         half, grads, bad = len(self.rows) // 2, self.grads.numpy(), 0

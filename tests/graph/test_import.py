@@ -143,7 +143,7 @@ def test_mistakes_are_told_by_file_and_line(tmp_path, name, data, options, words
 
 
 def test_a_missing_file_and_a_graph_that_is_there(tmp_path):
-    with pytest.raises(DataError, match="no edge file at .*none.tsv"):
+    with pytest.raises(DataError, match=r"no edge file at .*none.tsv"):
         import_graph({"train": tmp_path / "none.tsv"}, tmp_path / "graph")
     imported(tmp_path, "a.tsv", text())
     with pytest.raises(DataError, match="holds a graph already"):
@@ -157,7 +157,7 @@ def test_a_graph_that_is_none_torn_or_of_another_format(tmp_path):
     with pytest.raises(DataError, match="no split 'valid'; it has train"):
         graph.edges("valid")
     (graph.folder / "train.heads").write_bytes(b"1234")
-    with pytest.raises(DataError, match="train.heads should have 16 bytes and has 4"):
+    with pytest.raises(DataError, match=r"train.heads should have 16 bytes and has 4"):
         Graph.open(graph.folder)
     manifest = graph.folder / "graph.json"
     raw = json.loads(manifest.read_text())
