@@ -93,7 +93,9 @@ def graph_eval(
 @graph.command("export")
 @run_folder
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
-@click.option("--to", "form", default="tsv", show_default=True, type=click.Choice(["tsv", "parquet", "npy"]))
+@click.option(
+    "--to", "form", default="tsv", show_default=True, type=click.Choice(["tsv", "parquet", "npy"]), help="Form."
+)
 @of_step
 @of_graph
 @as_json

@@ -96,30 +96,38 @@ def row_loss(code: int, s: Any, t: Any, count: int, weight: Any, margin: Any, te
     if code == SOFTMAX:
         return _softmax(s, t, weight)
     if code == RANKING:
-        total, active = _ZERO, 0
-        for j in range(n):
-            excess = margin - s + t[j]
-            hit = excess > _ZERO
-            total += excess if hit else _ZERO
-            active += 1 if hit else 0
-            t[j] = weight if hit else _ZERO
-        return float(weight) * total, _F(-weight * active)
+        return _ranking(s, t, weight, margin)
     if code == LOGISTIC:
-        share = _F(weight / count)
-        # log(a) + log(b) = log(ab): one logarithm for 64 factors, none above 2
-        total = 0.0
-        for first in range(0, n, 64):
-            linear: Any = _ZERO
-            product = 1.0
-            for j in range(first, min(first + 64, n)):
-                x = t[j]
-                small = exp32(-abs(x))
-                linear += max(x, _ZERO)
-                product *= _ONE + small
-                t[j] = share * (_ONE if x > _ZERO else small) / (_ONE + small)
-            total += linear + math.log(product)
-        return weight * _softplus(-s) + share * total, _F(-weight * _sigmoid(-s))
+        return _logistic(s, t, count, weight)
     return _self_adversarial(s, t, weight, margin, temperature)
+
+
+@kernel
+def _ranking(s: Any, t: Any, weight: Any, margin: Any) -> Any:
+    total, active = _ZERO, 0
+    for j in range(t.shape[0]):
+        excess = margin - s + t[j]
+        hit = excess > _ZERO
+        total += excess if hit else _ZERO
+        active += 1 if hit else 0
+        t[j] = weight if hit else _ZERO
+    return float(weight) * total, _F(-weight * active)
+
+
+@kernel
+def _logistic(s: Any, t: Any, count: int, weight: Any) -> Any:
+    """Sums of logarithms as logarithms of products: one for 64 factors, none of which is above 2."""
+    share, total = _F(weight / count), 0.0
+    for first in range(0, t.shape[0], 64):
+        linear, product = _ZERO, 1.0
+        for j in range(first, min(first + 64, t.shape[0])):
+            x = t[j]
+            small = exp32(-abs(x))
+            linear += max(x, _ZERO)
+            product *= _ONE + small
+            t[j] = share * (_ONE if x > _ZERO else small) / (_ONE + small)
+        total += float(linear) + math.log(product)
+    return float(weight) * _softplus(-s) + float(share) * total, _F(-weight * _sigmoid(-s))
 
 
 @kernel

@@ -164,9 +164,9 @@ def _lose(
     sizes: of a chunk, of a group, the block's first row and group, columns of a row that are its chunk's nodes (those
     of near, or the first of far). Rows beyond the weights are padding. num_far: far columns that hold a node.
     true[row]: the far column that is the true node, where the chunk's are not there, or -1. What is the true node or
-    padding is no negative. Under dot and cos the product of a row with its true node, where there is one, gives the positive score
-    and takes its slope; `positives` and `slopes` (rows,) hold both. anchor_sums (rows, 2): sums of slopes by scores and
-    by products. Facts (4, N): squared lengths, biases, the same sums by node. scores, t: scratch.
+    padding is no negative. Under dot and cos the product of a row with its true node, where there is one, gives the
+    positive score and takes its slope; `positives` and `slopes` (rows,) hold both. anchor_sums (rows, 2): sums of
+    slopes by scores and by products. Facts (4, N): squared lengths, biases, the same sums by node. scores, t: scratch.
     """
     comparator, loss, bias = kinds[0], kinds[1], kinds[2]
     chunk, group, first, first_group, num_chunk = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
