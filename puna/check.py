@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from puna import predicted
 from puna.errors import DataError, DeviceError, RecipeError
 from puna.llama import hub
 from puna.llama.identity import identity
@@ -21,7 +22,6 @@ from puna.llama.packing import IGNORED, Batch, Stream, packed
 from puna.llama.shards import AGAIN, Shards
 from puna.llama.targets import Targets, count_targets
 from puna.llama.tokenizer import Tokenizer
-from puna.plan.memory import estimate_memory
 from puna.recipe import Loaded, Recipe, Stage, check_ranks, stages
 from puna.train.mesh import axis_sizes, choose_compute, choose_device
 
@@ -95,6 +95,11 @@ def check(loaded: Loaded) -> dict[str, Any]:
     """Everything that `puna check` says, by key; docs/check.md documents them. Raises what `inspect` does, and
     RecipeError and DeviceError where the mesh, the batches or the device are not possible."""
     recipe = loaded.recipe
+    if recipe.task == "graph":
+        raise RecipeError(
+            f"{recipe.run.dir} is to be a run of task graph, and puna check knows token shards",
+            "`puna train` refuses what cannot be before it starts.",
+        )
     mesh = refuse_other_mesh(recipe)
     device = choose_device(recipe.run.device)
     compute = choose_compute(recipe.train.dtype, device)
@@ -145,27 +150,9 @@ def _stage(recipe: Recipe, stage: Stage, end: int, num_ranks: int) -> dict[str, 
 
 def _memory(recipe: Recipe, mesh: dict[str, int], compute_bytes: int, device: torch.device) -> dict[str, Any]:
     """Bytes of one rank by use, their sum, what the rank has, and whether it fits."""
-    num_ranks = math.prod(mesh.values())
-    micro_tokens = recipe.train.seq_len * recipe.train.micro_batch * num_ranks
-    memory = estimate_memory(
-        recipe.model,
-        recipe.train,
-        num_ranks=num_ranks,
-        shard=mesh["dp_shard"],
-        reshard=recipe.mesh.reshard_after_forward,
-        accumulates=max(stage.batch_tokens for stage in stages(recipe)) > micro_tokens,
-        averages=recipe.schedule.average != "none",
-        compute_bytes=compute_bytes,
-    )
-    available = _available(device, num_ranks)
-    return {**asdict(memory), "total": memory.total, "available": available, "fits": memory.total <= available}
-
-
-def _available(device: torch.device, num_ranks: int) -> int:
-    """Bytes of memory a rank: the device's; on a CPU this machine's, shared by the processes."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // num_ranks
+    held = predicted.memory(recipe, mesh, compute_bytes, device)
+    available = predicted.available(device, math.prod(mesh.values()))
+    return {**asdict(held), "total": held.total, "available": available, "fits": held.total <= available}
 
 
 def _sources(recipe: Recipe, found: Inspection) -> list[dict[str, Any]]:

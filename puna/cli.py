@@ -110,9 +110,9 @@ def demo(minutes: float, directory: Path, as_json: bool) -> None:
 def doctor(write: str, no_write: bool, as_json: bool) -> int:
     """What this machine is, how fast, and what ails it.
 
-    Measures matrices, memory, disk and the exchange between two processes, in some 20 seconds; names what is slow or
-    missing and the command that mends it; keeps the figures for `puna plan`. The exit code is 0 unless something cannot
-    work: then it is 1.
+    Measures matrices, memory, the trainer's kernels, disk and the exchange between two processes, in some 45 seconds;
+    names what is slow or missing and the command that mends it; keeps the figures for `puna plan`. The exit code is 0
+    unless something cannot work: then it is 1.
 
     \b
     Example:  puna doctor --json

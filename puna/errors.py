@@ -14,7 +14,8 @@ PunaError (1)
 ├── NonFinite (5)         a loss or gradient was not finite; no weight was changed
 ├── RankFailed (6)        a worker process died
 ├── Hung (7)              a rank stopped, or waits for what never comes; RUN/hang.txt says which
-└── RanksDiffer (8)       the ranks do not run the same thing; RUN/hang.txt says which and in what
+├── RanksDiffer (8)       the ranks do not run the same thing; RUN/hang.txt says which and in what
+└── OutOfMemory (9)       the device or the machine had no memory left; the newest checkpoint is as it was
 """
 
 
@@ -96,3 +97,9 @@ class RanksDiffer(PunaError):
     """The ranks have other recipes, code, data or weights than each other; the run was ended before it went wrong."""
 
     exit_code = 8
+
+
+class OutOfMemory(PunaError):
+    """A rank was refused memory, or the kernel ended it for the lack of it; the newest checkpoint is as it was."""
+
+    exit_code = 9

@@ -1,6 +1,8 @@
 """`puna plan`: parse, call one function, print. What it needs is imported inside the verbs."""
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,17 @@ from puna.verbs import as_json, print_figures
 csv_file = click.argument("file", metavar="FILE.csv", type=click.Path(path_type=Path))
 
 
+def finite(context: Any, parameter: Any, value: float | None) -> float | None:
+    """A click callback that refuses what is no number."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is no finite number")
+    return value
+
+
 def job_options(command: Any) -> Any:
     """The options that name a job: what is trained, on what."""
     for option in (
-        click.option("--network", type=click.FloatRange(min=0), default=None, help="Gb/s between nodes of one GPU."),
+        click.option("--network", type=click.FloatRange(min=0), callback=finite, help="Gb/s between nodes of one GPU."),
         click.option("--batch-tokens", type=click.IntRange(1), help="Tokens of one optimiser step."),
         click.option("--seq-len", type=click.IntRange(1), help="Tokens of a sequence."),
         click.option("--gpus", required=True, type=int, help="Devices."),
@@ -55,6 +64,7 @@ def plan() -> None:
     type=click.Choice(["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]),
     help="Number format of the matrix products.",
 )
+@click.option("--frozen", is_flag=True, help="The decoder's own weights are not trained: adapters, or its sight, are.")
 @click.option(
     "--stack",
     type=click.Choice(["pytorch-eager", "pytorch-compiled", "megatron", "jax-xla", "oneflow"]),
@@ -74,14 +84,20 @@ def estimate(
     """
     from puna.plan.constants import load
     from puna.plan.describe import describe
-    from puna.plan.fits import remedies, sentence, shortfall
+    from puna.plan.fits import gap, remedies, sentence, shortfall
     from puna.plan.job import build
+    from puna.plan.local import overlay
 
     shape, cluster, base = _job(recipe, model, gpu, gpus, seq_len, batch_tokens, network)
     case = build(shape, cluster, base, changes)
     figures = describe(case, load())
+    found = _here_of(recipe, case) if recipe else None
+    if found:
+        figures = overlay(figures, found)
     if not figures["fits"]:
-        figures["shortfall"], figures["remedies"] = shortfall(case), remedies(case, load())
+        need = {kind: size for kind, size in figures["memory_gb"].items() if kind not in ("total", "capacity")}
+        figures["shortfall"] = gap(need, figures["memory_gb"]["capacity"]) if found else shortfall(case)
+        figures["remedies"] = remedies(case, load())
     print_figures(figures, as_json)
     if not figures["fits"] and not as_json:
         click.echo(sentence(figures["shortfall"], figures["remedies"]))
@@ -89,7 +105,12 @@ def estimate(
 
 @plan.command()
 @job_options
-@click.option("--precision", multiple=True, default=("bf16",), show_default=True, help="Formats to try; several times.")
+@click.option(
+    "--precision",
+    multiple=True,
+    type=click.Choice(["fp32", "fp16", "bf16", "fp8", "mxfp8", "nvfp4"]),
+    help="Formats to try; several times.  [default: the recipe's, else bf16]",
+)
 @click.option("--trainable", is_flag=True, help="Only what this package trains: no tensor, pipeline or context axis.")
 @click.option("--emit", type=click.Path(path_type=Path), help="Write the best as a recipe to run; implies --trainable.")
 @as_json
@@ -102,17 +123,21 @@ def search(
     \b
     Example:  puna plan search --model llama3-405b --gpu h100-sxm --gpus 16384 --json
     """
+    from puna.plan import hardware, job, output
     from puna.plan.constants import load
     from puna.plan.fits import sentence
+    from puna.plan.layout import Layout
     from puna.plan.search import lines, report
 
     shape, cluster, base = _job(recipe, model, gpu, gpus, seq_len, batch_tokens, network)
-    figures = report(shape, cluster, base, load(), precision, trainable or emit is not None)
+    allowed = _emits(recipe or model or "") if emit else job.trainable if trainable else lambda layout: True
+    figures = report(shape, cluster, base, load(), precision or (base.precision,), allowed)
     if emit and figures["fits"]:
-        from puna.plan.job import emit as text
-        from puna.plan.layout import Layout
-
-        emit.write_text(text(recipe or model or "", Layout(**figures["best"]["layout"])), encoding="utf-8")
+        source = Path(recipe or model or "")
+        best, here = Layout(**figures["best"]["layout"]), min(gpus, cluster.gpus_per_node)
+        if cluster.gpu.name == hardware.THIS_MACHINE:
+            here = gpus
+        output.write(emit, job.emit(str(source.resolve() if source.exists() else source), best, here))
     if as_json:
         click.echo(json.dumps(figures))
     elif figures["fits"]:
@@ -177,15 +202,24 @@ def compare(run: Path, gpu: str, gpus: int | None, as_json: bool) -> None:
     recipe = load(str(run), ()).recipe
     cluster = hardware.cluster(gpu, gpus or recipe.run.num_processes)
     shape, base = job.of_recipe(recipe.model, recipe.train, recipe.mesh, cluster)
-    figures = comparison.compare(job.build(shape, cluster, base, {}), run, constants())
+    case = job.build(shape, cluster, base, {})
+    figures = comparison.compare(case, run, constants(), _here(recipe, case))
     print_figures(figures, as_json)
 
 
 @plan.command()
 @csv_file
 @click.option("--predictions", type=click.Path(path_type=Path), help="CSV to write: id, predicted_s, low_s, high_s.")
+@click.option(
+    "--kind",
+    multiple=True,
+    default=("dense",),
+    show_default=True,
+    type=click.Choice(["dense", "lora", "moe"]),
+    help="Rows to attempt, by their column `kind`; several times.",
+)
 @as_json
-def validate(file: Path, predictions: Path | None, as_json: bool) -> None:
+def validate(file: Path, predictions: Path | None, kind: tuple[str, ...], as_json: bool) -> None:
     """Errors on published runs: predicted over measured iteration time.
 
     \b
@@ -195,7 +229,7 @@ def validate(file: Path, predictions: Path | None, as_json: bool) -> None:
     from puna.plan.constants import load
     from puna.plan.runs import read
 
-    found = read(file)
+    found = read(file, kind)
     for line in found.broken:
         click.echo(f"left out: {line}", err=True)
     figures, rows = validation.validate(found, load())
@@ -219,8 +253,11 @@ def fit(file: Path, draws: int, out: Path | None, as_json: bool) -> None:
     from puna.plan.fit import fit_all
     from puna.plan.runs import read
     from puna.plan.validate import left_out
+    from puna.plan.workload import PlanError
 
     runs = read(file).runs
+    if len({run.source for run in runs}) < 2:
+        raise PlanError(f"{file} holds no source to leave out and another to fit", "Give runs of at least two sources.")
     fitted, predicted = fit_all(runs, draws)
     figures = left_out(runs, fitted, predicted)
     constants.save(fitted, out or constants.FILE, num_runs=len(runs), leave_one_source_out=figures)
@@ -253,6 +290,43 @@ def hardware(name: str | None, as_json: bool) -> None:
             f"{gpu.power:>6.0f}"
         )
     click.echo(f"clusters: {', '.join(table.clusters())}; your own: {table.user_folder()}/*.toml")
+
+
+def _emits(name: str) -> Callable[[Any], bool]:
+    """Whether a layout is trainable and divides every stage of a recipe. Raises RecipeError where there is none."""
+    from puna.errors import RecipeError
+    from puna.plan import job
+    from puna.recipe import check_ranks, load
+
+    recipe = load(name, ()).recipe
+
+    def allowed(layout: Any) -> bool:
+        sizes = {"batch_tokens": layout.global_batch * layout.seq_len, "seq_len": layout.seq_len}
+        train = recipe.train.model_copy(update=sizes | {"micro_batch": layout.micro_batch})
+        try:
+            check_ranks(recipe.model_copy(update={"train": train}), layout.dp)
+        except RecipeError:
+            return False
+        return job.trainable(layout)
+
+    return allowed
+
+
+def _here_of(name: str, case: Any) -> dict[str, Any] | None:
+    """See `_here`, for a recipe by its name or file."""
+    from puna.recipe import load
+
+    return _here(load(name, ()).recipe, case)
+
+
+def _here(recipe: Any, case: Any) -> dict[str, Any] | None:
+    """What the kernels timed on this machine say of a recipe laid out as `case`; None where they do not cover it."""
+    from puna.plan.local import here
+
+    return here(
+        case, recipe.model, recipe.train, recipe.mesh, recipe.data, num_threads=recipe.run.num_threads,
+        averages=recipe.schedule.average != "none",
+    )  # fmt: skip
 
 
 def _job(

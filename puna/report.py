@@ -294,6 +294,50 @@ def throughput(records: Records) -> str:
     return chart(lines, unit="tokens per second", marks=resume_marks(records))
 
 
+@panel("Predicted and measured")
+def predicted(records: Records) -> str:
+    """Step time, speed and memory as the planner told them at the start, beside the run's own."""
+    told = next(iter(reversed(records.of("prediction"))), None)
+    if told is None:
+        return ""
+    rows = []
+    for name, key, measured, scale, unit in (
+        ("step", "seconds", _median(_like(records, told, "step_s")), 1.0, "s"),
+        ("tokens/s", "tokens_per_s", _median(_like(records, told, "tokens_per_s")), 1.0, ""),
+        ("memory of a rank", "memory_bytes", _most(records.series("peak_memory_bytes")), 2**-20, "MiB"),
+    ):
+        expected = number(told, key)
+        if expected is not None:
+            rows.append((name, *_beside(expected, measured, scale, unit)))
+    low, high = number(told, "low"), number(told, "high")
+    ends = "" if low is None or high is None else f" The step's 80 % interval is {low:.3g} to {high:.3g} s."
+    note = "Measured: the median step of the predicted size, without the first; the most that any rank has held."
+    return table(("", "predicted", "measured", "error"), rows, "figures") + f'<p class="note">{note}{ends}</p>'
+
+
+def _like(records: Records, told: Event, key: str) -> list[Point]:
+    """A series over the steps that consumed the predicted tokens, without the first of them."""
+    size, before, found = number(told, "batch_tokens"), 0.0, []
+    for step in records.steps:
+        tokens = number(step, "tokens")
+        if tokens is None:
+            continue
+        if size is None or tokens - before == size:
+            found.append(step)
+        before = tokens
+    return points(found[1:], key)
+
+
+def _most(line: list[Point]) -> float | None:
+    return max((y for _, y in line), default=None)
+
+
+def _beside(expected: float, measured: float | None, scale: float, unit: str) -> tuple[str, str, str]:
+    error = "–" if not measured else f"{expected / measured - 1:+.1%}"
+    shown = (f"{value * scale:,.4g} {unit}".strip() for value in (expected, measured) if value is not None)
+    return next(shown), next(shown, "–"), error
+
+
 @panel("Model FLOPs utilisation")
 def mfu(records: Records) -> str:
     """Share of the matrix peak, with its formula."""

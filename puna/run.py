@@ -24,6 +24,7 @@ from puna.llama.pretrain import Pretrain
 from puna.llama.shards import write_atomic
 from puna.llama.template import TEMPLATE_FILE, chat_template
 from puna.llama.tokenizer import Tokenizer
+from puna.predicted import explained, out_of_memory_recorded, predict
 from puna.recipe import Loaded, Recipe
 from puna.train.checkpoint import complete_steps, hold_lock
 from puna.train.disk import require_plan
@@ -32,7 +33,6 @@ from puna.train.launch import launch
 from puna.train.loop import Run
 from puna.train.mesh import DTYPES, choose_compute, choose_device, open_mesh
 from puna.train.metrics import last_steps, read_events
-from puna.train.task import Task
 from puna.train.watchdog import watch
 
 FREE_TO_CHANGE = (
@@ -54,24 +54,29 @@ def train(loaded: Loaded) -> dict[str, Any]:
     Under torchrun every rank calls it, and only rank 0 has something to return; the others get an empty dict.
     Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None),
     and of a graph heldout_mrr; its tokens are edges, its steps buckets.
-    Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed, Hung, RanksDiffer.
+    Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed, Hung, RanksDiffer,
+    OutOfMemory.
     """
     config = loaded.recipe.run
     run = Path(config.dir)
+    if loaded.recipe.task == "graph":
+        train_graph(loaded, run)
+        return outcome(run)
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
-        (prepare_graph if loaded.recipe.task == "graph" else prepare)(loaded, run)
-    if "RANK" in os.environ:
-        train_ranks(loaded.recipe, run)
-    else:
-        launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads, config.max_restarts)
+        refuse_other_mesh(loaded.recipe)
+        prepare(loaded, run)
+    with out_of_memory_recorded(loaded.recipe, run):
+        if "RANK" in os.environ:
+            train_ranks(loaded.recipe, run)
+        else:
+            launch("puna.run:work", [str(run)], config.num_processes, run, config.num_threads, config.max_restarts)
     return outcome(run) if rank == 0 else {}
 
 
 def prepare(loaded: Loaded, run: Path) -> None:
     """Check what can be checked before any process starts; write what the directory says of itself."""
     recipe = loaded.recipe
-    refuse_other_mesh(recipe)
     found = inspect(recipe)
     choose_device(recipe.run.device)
     num_there = len(complete_steps(run))
@@ -87,12 +92,12 @@ def prepare(loaded: Loaded, run: Path) -> None:
         write_identity(run, found.tokenizer, WEIGHTS_DTYPE)
 
 
-def prepare_graph(loaded: Loaded, run: Path) -> None:
-    """The same for a graph. Raises DataError (no graph) and RecipeError (more than one process)."""
+def train_graph(loaded: Loaded, run: Path) -> None:
+    """Train a graph, in this process. Raises DataError (no graph) and RecipeError (more than one process)."""
     from puna.graph.graph import Graph
+    from puna.graph.task import GraphTask
 
-    recipe = loaded.recipe
-    Graph.open(recipe.data.path)
+    recipe, graph = loaded.recipe, Graph.open(loaded.recipe.data.path)
     if count_ranks(recipe) != 1:
         raise RecipeError(
             f"run.num_processes is {count_ranks(recipe)}, but a graph is trained by the threads of one process",
@@ -101,6 +106,18 @@ def prepare_graph(loaded: Loaded, run: Path) -> None:
     with hold_lock(run):
         refuse_other_run(loaded, run)
         write_recipe(loaded, run)
+    with open_mesh(recipe.run, recipe.mesh) as place, watch(run, recipe.run):
+        task = GraphTask(
+            recipe.graph,
+            recipe.schedule,
+            graph,
+            run,
+            seed=recipe.run.seed,
+            num_threads=recipe.run.num_threads,
+            eval_edges=recipe.eval.tokens,
+        )
+        facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
+        Run(task, run, recipe, facts=facts).go()
 
 
 def write_recipe(loaded: Loaded, run: Path) -> None:
@@ -137,11 +154,7 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
     """One rank's part of a run."""
     common = recipes.flat(recipe) | code_version() | data_version(recipe)
     agree = partial(require_same, run, common, "at the start")
-    with open_mesh(recipe.run, recipe.mesh, agree) as place, watch(run, recipe.run):
-        if recipe.task == "graph":
-            facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
-            Run(graph_task(recipe, run), run, recipe, facts=facts).go()
-            return
+    with open_mesh(recipe.run, recipe.mesh, agree) as place, watch(run, recipe.run), explained(recipe, run, place):
         recipes.check_ranks(recipe, place.world_size)
         compute = choose_compute(recipe.train.dtype, place.device)
         if compute.dtype == torch.float16 and place.device.type == "cpu":
@@ -162,29 +175,13 @@ def train_ranks(recipe: Recipe, run: Path) -> None:
             place,
             compute,
         )
-        Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops).go()
-
-
-def graph_task(recipe: Recipe, run: Path) -> Task:
-    """A recipe's graph task."""
-    from puna.graph.graph import Graph
-    from puna.graph.task import GraphTask
-
-    return GraphTask(
-        recipe.graph,
-        recipe.schedule,
-        Graph.open(recipe.data.path),
-        run,
-        seed=recipe.run.seed,
-        num_threads=recipe.run.num_threads,
-        eval_edges=recipe.eval.tokens,
-    )
+        prediction = predict(recipe, place, compute)
+        Run(task, run, recipe, facts=facts, peak_flops=compute.peak_flops, prediction=prediction).go()
 
 
 def data_version(recipe: Recipe) -> dict[str, str]:
     """A hash of what each folder of token shards says of itself: copies on several machines must be the same."""
-    name = "graph.json" if recipe.task == "graph" else "shards.json"
-    files = [Path(folder) / name for folder, _ in recipe.data.mixture()]
+    files = [Path(folder) / "shards.json" for folder, _ in recipe.data.mixture()]
     return {str(file): sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else "missing" for file in files}
 
 

@@ -64,7 +64,9 @@ def test_what_it_says(tiny, shards):
         "rows_per_micro_batch": 8, "num_micro_batches": 2,
     }  # fmt: skip
     assert (second["from_token"], second["num_steps"], second["num_micro_batches"]) == (10_240, 5, 4)
-    uses = ["parameters", "gradients", "optimizer", "average", "gathered", "activations", "logits"]
+    uses = [
+        "parameters", "gradients", "optimizer", "average", "gathered", "exchanged", "activations", "logits", "update",
+    ]  # fmt: skip
     assert list(found["memory"]) == [*uses, "total", "available", "fits"]
     assert found["memory"]["total"] == sum(found["memory"][use] for use in uses)
     assert found["memory"]["fits"] is True

@@ -14,7 +14,7 @@ import click
 import pytest
 
 from puna import cli, recipe
-from puna.errors import Hung, NonFinite, RankFailed, RanksDiffer, RunLocked, Unfinished, UserError
+from puna.errors import Hung, NonFinite, OutOfMemory, RankFailed, RanksDiffer, RunLocked, Unfinished, UserError
 from puna.llama.dialog import Style
 
 
@@ -250,6 +250,7 @@ def test_debug_shows_the_trace():
         (RankFailed("no"), 6),
         (Hung("no"), 7),
         (RanksDiffer("no"), 8),
+        (OutOfMemory("no"), 9),
     ],
 )
 def test_exit_code_of_each_branch(puna, monkeypatch, error, status):

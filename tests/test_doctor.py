@@ -1,6 +1,7 @@
 """`puna doctor` on this machine, on planted ones, and on odd ones."""
 
 import json
+import math
 import sys
 import tomllib
 from dataclasses import replace
@@ -9,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from puna import cli, recipe
-from puna.doctor import disk, examine, machine, probes
+from puna.doctor import disk, examine, kernels, machine, probes
 from puna.doctor.findings import Finding, findings
 from puna.doctor.machine import Machine, read_machine, versions
 from puna.errors import DataError
 from puna.train import hardware
-from puna.train.hardware import Hardware
+from puna.train.hardware import Hardware, Kernels
 
 SOUND = Machine(
     system="Linux-6.1-x86_64",
@@ -40,6 +41,13 @@ FIGURES = {
     "disk": {"write": 1e9, "read": 2e9, "folder": "/runs"},
 }
 FREE = 500 << 30
+TIMED = {
+    "num_processes": 1,
+    "num_threads": 1,
+    "tables": {"add": {"axes": [[4, 8]], "seconds": [1e-6, 2e-6]}},
+    "code_bytes": 3 << 28,
+    "runtime_bytes": 1 << 26,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -198,12 +206,14 @@ def test_each_measurement_that_fails_is_a_finding_and_the_others_go_on(monkeypat
 
     for name in ("flops", "bandwidth", "link"):
         monkeypatch.setattr(probes, name, broken)
+    monkeypatch.setattr(kernels, "measure", broken)
     monkeypatch.setattr(examine, "disk_rates", broken)
     monkeypatch.setattr(probes, "devices", list)
     found = examine.examine()
     labels = [finding["what"].partition(":")[0] for finding in found["findings"] if finding["severity"] == "error"]
     rates = [f"cpu {what} in {dtype}" for dtype in examine.DTYPES for what in ("matrices", "memory")]
-    assert labels == ["disk", *rates, "two cpu processes"]
+    timed = [f"the trainer's kernels, {count} at a time" for count in (1, 2)]
+    assert labels == ["disk", *rates, *timed, "two cpu processes"]
     assert found["figures"].keys() == {"torch", "devices"}
     examine.text(found)
 
@@ -240,6 +250,7 @@ def test_on_this_machine(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(examine, "ARRAY_BYTES", 8 << 20)
     monkeypatch.setattr(probes, "flops", lambda kind, dtype: {"fp32": 1e11, "bf16": 1e10, "fp16": 1e9}[dtype])
     monkeypatch.setattr(probes, "link", lambda kind: {"latency": 1e-4, "bandwidth": 1e9})
+    monkeypatch.setattr(kernels, "measure", lambda count, threads: TIMED | {"num_processes": count})
     status, out = run(capsys, monkeypatch, "doctor", "--json")
     found = json.loads(out)
     assert status == (0 if found["healthy"] else 1)
@@ -247,8 +258,10 @@ def test_on_this_machine(tmp_path, monkeypatch, capsys):
     assert {finding["what"][:4] for finding in found["findings"]} >= {"bf16", "fp16"}
     path = tmp_path / "config" / "puna" / "hardware" / "this-machine.toml"
     assert found["written"] == str(path)
-    assert hardware.read(path).model_dump() == found["hardware"]
+    assert hardware.read(path).model_dump(mode="json") == found["hardware"]
     assert found["seconds"] < 20
+    timed = hardware.read(path).kernels
+    assert [(one.num_processes, one.tables["add"].seconds) for one in timed] == [(1, (1e-6, 2e-6)), (2, (1e-6, 2e-6))]
     status, out = run(capsys, monkeypatch, "doctor", "--write", "here.toml")
     assert hardware.read(tmp_path / "here.toml").name == "this machine"
     assert "hardware entry written to here.toml" in out
@@ -259,6 +272,34 @@ def test_on_this_machine(tmp_path, monkeypatch, capsys):
     assert "hardware entry left as it is" in out
     assert not path.exists()
     assert not (tmp_path / "here.toml").exists()
+
+
+def test_kernels_are_timed_at_every_size(monkeypatch):
+    """The real kernels, at small sizes."""
+    monkeypatch.setattr(kernels, "MAX_ROUNDS", 3)
+    monkeypatch.setattr(kernels, "ELEMENTS", (1 << 12, 1 << 16))
+    monkeypatch.setattr(kernels, "PRODUCTS", ((64, 512), (64, 256), (64, 256)))
+    monkeypatch.setattr(kernels, "LENGTHS", (32, 256))
+    monkeypatch.setattr(kernels, "TABLES", (1 << 12, 1 << 16))
+    monkeypatch.setattr(kernels, "OPTIMIZED", (1 << 8, 1 << 14))
+    monkeypatch.setattr(kernels, "FRESH", (1 << 16, 1 << 20))
+    monkeypatch.setattr(kernels, "PROBES", (kernels.PROBES[0], replace(kernels.PROBES[1], num_layers=2, tokens=256)))
+    found = {name: (axes, seconds) for name, axes, seconds in kernels.tables(None)}
+    for axes, seconds in found.values():
+        assert len(seconds) == math.prod(map(len, axes))
+        assert 0 < min(seconds) <= max(seconds) < 10
+    for name in ("product", "product_back", "attention", "attention_back", "add", "gate_back"):
+        assert found[name][1][-1] > 2 * found[name][1][0], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_kernels_and_memory_in_processes_of_their_own(count):
+    found = Kernels(**kernels.measure(count, 1))
+    assert ("unit" in found.tables) == (count > 1)
+    assert 1e8 < found.code_bytes < 1e9
+    assert 2e7 < found.runtime_bytes < 3e8
+    assert found.tables["product"].seconds[-1] > 100 * found.tables["product"].seconds[0]
 
 
 def run(capsys, monkeypatch, *words: str) -> tuple[int, str]:

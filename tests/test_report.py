@@ -30,6 +30,10 @@ def lived():
         "event": "start", "step": 0, "num_parameters": 4_329_728, "flops_per_token": 2.59e7, "peak_flops": 1.83e11,
         "world_size": 2, "mesh": "dp_shard 2", "dtype": "fp32", "dtype_reason": "bf16 is slower here", "time": 1000.0,
     }  # fmt: skip
+    prediction = {
+        "event": "prediction", "seconds": 1.4, "low": 1.2, "high": 1.6, "tokens_per_s": BATCH / 1.4,
+        "batch_tokens": BATCH, "memory_bytes": 3.0e8, "time": 1000.1,
+    }  # fmt: skip
     saved = [
         {"event": "checkpoint", "step": n, "seconds": 0.21, "bytes": 5.2e7, "time": 1000 + n} for n in (40, 80, 120)
     ]
@@ -37,6 +41,7 @@ def lived():
     again = [step(n, 2000.0 + n - 120) for n in range(121, 201)]
     return [
         start,
+        prediction,
         {"event": "eval", "step": 0, "split": "heldout", "loss": 8.32, "time": 1000.5},
         *first,
         *saved,
@@ -214,10 +219,27 @@ def test_baselines_and_models_are_ranked(run):
     assert places == sorted(places)
 
 
+def test_what_was_predicted_stands_beside_what_was_measured(tmp_path):
+    sizes = [100, 100, 100, 100, 400, 400]
+    told = {"event": "prediction", "seconds": 2.2, "low": 1.9, "high": 2.5, "tokens_per_s": 100 / 2.2,
+            "batch_tokens": 100, "memory_bytes": 2**30}  # fmt: skip
+    steps = [
+        {"event": "step", "step": n, "tokens": sum(sizes[:n]), "loss": 1.0, "step_s": seconds,
+         "tokens_per_s": 100 / seconds, "peak_memory_bytes": 2.0**31}
+        for n, seconds in enumerate([9.0, 2.0, 2.0, 2.0, 50.0, 50.0], 1)
+    ]  # fmt: skip
+    text = page_of(write(tmp_path / "run", [told | {"seconds": 7.0}, told, *steps])).text
+    shown = text[text.index("Predicted and measured") :]
+    for words in ("2.2 s", "2 s", "+10.0%", "50", "-9.1%", "1,024 MiB", "2,048 MiB", "-50.0%", "1.9 to 2.5 s"):
+        assert words in shown
+    assert "7 s" not in shown
+    assert "Predicted and measured" not in page_of(write(tmp_path / "other", steps)).text
+
+
 @pytest.mark.parametrize("events", [[], [{"event": "start"}], [{"event": "stop"}], [{"event": "step"}], [step(1, 0.0)]])
 def test_a_run_that_hardly_began(tmp_path, events):
     page = page_of(write(tmp_path / "run", events))
-    assert page.sections() == len(PANELS) - 1  # no summary
+    assert page.sections() == len(PANELS) - 2  # no prediction, no summary
     assert "could not be drawn" not in page.text
 
 
@@ -260,7 +282,7 @@ def test_damaged_files_are_named(tmp_path):
 
 def test_values_of_a_wrong_type_leave_the_page_whole(tmp_path):
     wrong = [{"event": kind, "step": "x", "loss": [], "time": None, "bits_per_byte": {}, "seconds": "?"}
-             for kind in ("start", "step", "eval", "checkpoint", "resume", "sample", "stop")]  # fmt: skip
+             for kind in ("start", "prediction", "step", "eval", "checkpoint", "resume", "sample", "stop")]  # fmt: skip
     bad = [
         step(n, 1.0) | {"loss": value, "mfu": value} for n, value in enumerate([math.nan, math.inf, None, "2", True])
     ]

@@ -14,10 +14,11 @@ from puna.doctor.disk import disk_rates
 from puna.doctor.findings import Finding, findings
 from puna.doctor.machine import Machine, read_machine, versions
 from puna.train import hardware
-from puna.train.hardware import Hardware
+from puna.train.hardware import Hardware, Kernels
 
 DTYPES = ("fp32", "bf16", "fp16")
 ARRAY_BYTES = 256 << 20
+KERNELS = "cpu.kernels"
 
 
 class Step(NamedTuple):
@@ -30,7 +31,7 @@ class Step(NamedTuple):
 
 
 def examine(write: Path | None = None, folder: Path = Path()) -> dict[str, Any]:
-    """Everything `puna doctor` knows, in some 15 s. write: where to leave the hardware entry for the planner, or None.
+    """Everything `puna doctor` knows, in some 45 s. write: where to leave the hardware entry for the planner, or None.
 
     folder: the one whose disk is measured. Returns healthy (no finding is an error), versions, machine, figures,
     findings (severity, what, why, command), hardware, written (path or None), seconds. A measurement that fails is a
@@ -93,6 +94,8 @@ def steps(
     yield from rates("cpu", min(ARRAY_BYTES, (machine.memory_available or ARRAY_BYTES * 8) // 8))
     if figures.get("devices"):
         yield from rates("cuda", ARRAY_BYTES * 4)
+    else:
+        yield from kernel_steps(machine.num_cores)
     yield link_step("cpu")
     if len(figures.get("devices", ())) >= probes.NUM_PROCESSES:
         yield link_step("cuda")
@@ -123,6 +126,20 @@ def link_step(kind: str) -> Step:
 
     command = "GLOO_SOCKET_IFNAME=lo puna doctor"
     return Step(f"two {kind} processes", f"{kind}.link", partial(probes.link, kind), command)
+
+
+def kernel_steps(num_cores: int) -> Iterator[Step]:
+    """The trainer's kernels: one process on all cores, then two on half of them each."""
+    for count in (1, 2):
+        work = partial(timed_kernels, count, max(1, num_cores // count))
+        yield Step(f"the trainer's kernels, {count} at a time", f"{KERNELS}.{count}", work, "puna train tiny")
+
+
+def timed_kernels(num_processes: int, num_threads: int) -> dict[str, Any]:
+    """What `puna.doctor.kernels.measure` finds; it takes more packages than torch."""
+    from puna.doctor import kernels
+
+    return kernels.measure(num_processes, num_threads)
 
 
 def nested(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,6 +174,7 @@ def hardware_entry(machine: Machine, installed: Mapping[str, str | None], figure
         link_bandwidth=link.get("bandwidth"),
         disk_write=disk.get("write"),
         disk_read=disk.get("read"),
+        kernels=tuple(Kernels(**figures[key]) for key in figures if key.startswith(KERNELS)),
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from puna.plan.constants import Fitted
 from puna.plan.estimate import estimate
+from puna.plan.fits import ROOM
 from puna.plan.footprint import footprint
 from puna.plan.goodput import goodput
 from puna.plan.layout import Case, columns
@@ -27,7 +28,7 @@ def describe(case: Case, fitted: Fitted) -> dict[str, Any]:
     tokens = case.layout.global_batch * case.layout.seq_len
     gpus = case.cluster.gpus
     rate = tokens / middle / gpus
-    model_flops = case.model.flops_per_token(case.layout.seq_len, causal=False) * rate
+    model_flops = case.model.flops_per_token(case.layout.seq_len, causal=False, frozen=case.layout.frozen) * rate
     need = {name: float(value[0]) / 1e9 for name, value in footprint(c).items()}
     watts = power(case, parts)
     figures: dict[str, Any] = {
@@ -44,7 +45,7 @@ def describe(case: Case, fitted: Fitted) -> dict[str, Any]:
         "exposed": sum(parts[name] for name in EXPOSED) / middle,
         "parts": parts,
         "memory_gb": need | {"capacity": case.cluster.gpu.memory},
-        "fits": need["total"] <= case.cluster.gpu.memory,
+        "fits": need["total"] <= ROOM * case.cluster.gpu.memory,
         "power_w": watts,
         "tokens_per_joule": rate / watts if watts else None,
         "usd_per_billion_tokens": 1e9 / (rate * 3600) * case.cluster.gpu.price,

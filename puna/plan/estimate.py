@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 
 from puna.plan import collectives
-from puna.plan.footprint import block_parameters, ends_count, stage_layers
+from puna.plan.footprint import block_parameters, ends_count, sight_parameters, stage_layers
 from puna.plan.layout import Columns
 
 Array = np.ndarray
@@ -15,6 +15,10 @@ TENSORS = 12
 """Parameter tensors of a GPT block, biases and norms included: what sharding without flat units gathers one by one."""
 
 
+LAUNCH = 4e-6
+"""Seconds of a kernel beyond its work."""
+HANDOVER = 2e-5
+"""Seconds of passing activations to the next stage, beyond their bytes."""
 WORST = 0.2
 """Least share of its rate that a matrix product keeps, whatever its sizes."""
 SCHEDULE_FILL = np.array([1.0, 0.45, 0.05])
@@ -64,18 +68,21 @@ def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     """Seconds by kind; "seconds" is the step.
 
     The parts add up to the step: products, attention, pointwise and recompute as the busiest stage does them;
-    exposed communication by kind (tensor, context, experts, sharding, gradients, pipeline); bubble; host (waiting for
-    the launch of kernels); optimizer; other (waiting for the slowest rank, and what belongs to no block).
+    exposed communication by kind (tensor, context, experts, sharding, gradients, pipeline); bubble; vision (image
+    encoder and blocks that attend to it, their traffic included); host (waiting for the launch of kernels); optimizer;
+    other (waiting for the slowest rank, and what belongs to no block).
     """
     f = _Forward(c, k)
     b = _Block(c, k, f)
     layers, m = stage_layers(c), np.maximum(1.0, c.B / (c.dp * c.b))
-    blocks = layers * b.seconds
+    sight = _sight(c, k, f)
+    blocks = layers * b.seconds + sight
     last = blocks + np.where(ends_count(c), f.head - b.seconds, f.head)
     slowest = np.maximum(last, blocks)
     fill = np.where(c.pp > 1, (blocks * (c.pp - 1) + last - slowest) / c.vp, 0.0) * SCHEDULE_FILL[c.zb.astype(int)]
     parts = {name: m * layers * value for name, value in b.parts.items()}
     parts["products"] = parts["products"] + m * np.where(slowest > blocks, f.head, 0.0)
+    parts["vision"] = m * sight
     parts["sharding"] = parts["sharding"] + b.gather + b.reduce
     parts["bubble"] = fill
     parts["pipeline"] = _pipeline(c, k, m)
@@ -124,10 +131,10 @@ class _Forward:
     def __init__(self, c: Columns, k: Constants) -> None:
         self.c, self.k = c, k
         tokens = c.b * c.s / c.cp
-        head_dim = c.h / c.a
+        head_dim = c.q / c.a
         kv = c.kv * head_dim
         low = c.low > 0
-        shapes = [(c.h, (c.h + 2 * kv) / c.tp), (c.h / c.tp, c.h)]
+        shapes = [(c.h, (c.q + 2 * kv) / c.tp), (c.q / c.tp, c.h)]
         width = np.maximum(1.0, c.f) / c.tp
         wide = [(c.h, (1 + c.gated) * width), (width, c.h)]
         forward, backward = self._products(tokens, shapes, low)
@@ -137,12 +144,9 @@ class _Forward:
         self.products_back = backward + np.where(c.f > 0, dense_back, 0.0) + routed_back
         vocab = np.ceil(c.V / c.tp / 128) * 128
         no = np.zeros_like(low)
-        head = (
-            self._matmul(tokens, vocab, c.h, no)
-            + self._matmul(tokens, c.h, vocab, no)
-            + self._matmul(c.h, vocab, tokens, no)
-        )
+        head = self.matmul(tokens, vocab, c.h, no) + self.matmul(tokens, c.h, vocab, no)
         rate = c.bw * k.memory
+        head = head + np.where(c.frozen > 0, 0.0, self.matmul(c.h, vocab, tokens, no))
         self.head = head + tokens * vocab * np.where(c.stack == 0, 22.0, 18.0) / rate
         self.attention = self._attention(tokens, head_dim, rate)
         self.pointwise = self._pointwise(tokens, rate)
@@ -156,10 +160,15 @@ class _Forward:
         self.host = k.host * factor * np.where(c.tp > 1, 1.3, 1.0)
 
     def _products(self, rows: Array, shapes: Sequence[tuple[Array, Array]], low: Array) -> tuple[Array, Array]:
-        """Seconds of products with matrices (inner, width), and of the two that backward does for each."""
-        forward = sum((self._matmul(rows, width, inner, low) for inner, width in shapes), np.zeros_like(rows))
+        """Seconds of products with matrices (inner, width), and of the two that backward does for each; of frozen ones
+        it does one."""
+        trained = self.c.frozen == 0
+        forward = sum((self.matmul(rows, width, inner, low) for inner, width in shapes), np.zeros_like(rows))
         backward = sum(
-            (self._matmul(rows, inner, width, low) + self._matmul(inner, width, rows, low) for inner, width in shapes),
+            (
+                self.matmul(rows, inner, width, low) + trained * self.matmul(inner, width, rows, low)
+                for inner, width in shapes
+            ),
             np.zeros_like(rows),
         )
         return forward, backward
@@ -179,7 +188,7 @@ class _Forward:
         size = 2 * tokens * c.act * c.h / c.tp
         return 2 * collectives.exchange(size, c.ep, inside, c.link * k.link, c.net * k.network, k.hop)
 
-    def _matmul(self, rows: Array, width: Array, inner: Array, low: Array) -> Array:
+    def matmul(self, rows: Array, width: Array, inner: Array, low: Array) -> Array:
         """Seconds of a product (rows, inner) x (inner, width)."""
         c, k = self.c, self.k
         operations = 2 * rows * width * inner
@@ -191,7 +200,7 @@ class _Forward:
         rate = peak * c.achievable * k.matmul * filled * deep * even * c.throttle**k.throttle
         moved = 2 * (rows * width + width * inner + rows * inner)
         feed = operations * k.feed / c.bw
-        return np.maximum(operations / rate + feed, moved / (c.bw * k.memory)) + 4e-6
+        return np.maximum(operations / rate + feed, moved / (c.bw * k.memory)) + LAUNCH
 
     def _attention(self, tokens: Array, head_dim: Array, rate: Array) -> Array:
         """Scores and values. Fused: half of the square; unfused: all of it, and its passes through memory."""
@@ -200,10 +209,10 @@ class _Forward:
         operations = 4 * tokens * c.s * head_dim * heads
         top = c.peak16 * c.achievable * c.throttle**k.throttle
         long = c.s / (c.s + 512)
-        fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 8e-6
+        fused = 0.5 * operations / (top * k.attention * c.fused_share * long * head_dim / (head_dim + 32)) + 2 * LAUNCH
         even = np.maximum(WORST, 1 - k.align * 2 * _halvings(head_dim) / 3)
         square = tokens * c.s * heads
-        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 4 / rate + 5 * 4e-6
+        plain = operations / (top * k.matmul * even * head_dim / (head_dim + 128)) + square * 2 * 4 / rate + 5 * LAUNCH
         return np.where(c.flash > 0, fused, plain)
 
     def _pointwise(self, tokens: Array, rate: Array) -> Array:
@@ -211,7 +220,8 @@ class _Forward:
         c, k = self.c, self.k
         stack = np.array([k.eager, k.compiled, k.megatron, k.jax, k.megatron])[c.stack.astype(int)]
         wide = 2 * 10 * c.h / np.where(c.sp > 0, c.tp, 1)
-        narrow = 2 * ((2 + c.gated) * (c.f + c.act * c.fe) + 4 * c.h) / c.tp
+        narrow = 2 * ((2 + c.gated) * (c.f + c.act * c.fe) + 4 * c.q) / c.tp
+        narrow = narrow + 2 * 4 * c.act * c.h / c.tp  # tokens to the order of their experts, and back
         casts = np.where(c.low > 0, 3 * (2 * c.h + 2 * (c.f + c.act * c.fe)) / c.tp, 0)
         return tokens * ((wide + narrow) * stack + casts) / rate
 
@@ -222,6 +232,44 @@ class _Forward:
         size = 2 * 2 * c.b * c.s * kv / c.tp
         time = collectives.gather(size, c.cp, inside, c.link * k.link, c.net * k.network, k.hop)
         return np.maximum(0.1 * time, time - 0.5 * self.attention) * (c.cp > 1)
+
+
+def _sight(c: Columns, k: Constants, f: _Forward) -> Array:
+    """Seconds of what makes a decoder see, forward and backward, of one micro-batch on one stage.
+
+    Every stage has its share of the blocks that attend across, and the whole encoder, whose patches are spread over the
+    tensor-parallel ranks. All of it is trained.
+    """
+    if not c.see_cross_layers.any():
+        return np.zeros_like(c.L)
+    tokens, images = c.b * c.s / c.cp, np.maximum(1.0, c.b * c.see_image_tokens)
+    no = np.zeros_like(c.L, dtype=bool)
+    rate, head_dim = c.bw * k.memory, c.q / c.a
+    top = c.peak16 * c.achievable * c.throttle**k.throttle * k.attention * c.fused_share
+
+    def thrice(rows: Array, shapes: Sequence[tuple[Array, Array]]) -> Array:
+        return sum(
+            (
+                f.matmul(rows, width, inner, no) + f.matmul(rows, inner, width, no) + f.matmul(inner, width, rows, no)
+                for inner, width in shapes
+            ),
+            np.zeros_like(rows),
+        )
+
+    ffn = np.maximum(1.0, c.f) / c.tp
+    text = thrice(tokens, [(c.h, c.q / c.tp), (c.q / c.tp, c.h), (c.h, (1 + c.gated) * ffn), (ffn, c.h)])
+    keys = thrice(images, [(c.h, 2 * c.kv * head_dim / c.tp)])
+    scores = 3.4 * 4 * tokens * c.see_image_tokens * c.q / c.tp / (top * head_dim / (head_dim + 32))
+    across = text + keys + scores + 2.6 * f.pointwise + 2 * f.tensor
+    wide, inner = np.maximum(1.0, c.see_hidden), np.maximum(1.0, c.see_ffn)
+    rows = images / c.tp
+    layer = thrice(rows, [(wide, 3 * wide), (wide, wide), (wide, inner), (inner, wide)])
+    thin = np.maximum(1.0, c.see_hidden / np.maximum(1.0, c.see_heads))
+    layer = layer + 3.4 * 4 * rows * c.see_tile * wide / (top * thin / (thin + 32))
+    layer = layer + 2.6 * rows * 2 * (10 * wide + 2 * inner) / rate
+    joint = thrice(rows, [(np.maximum(1.0, c.see_features), c.h)])
+    seconds = c.see_cross_layers / c.pp * across + c.see_layers * layer + joint
+    return np.where(c.see_cross_layers > 0, seconds, 0.0)
 
 
 def _halvings(size: Array) -> Array:
@@ -255,7 +303,7 @@ def _sharding(c: Columns, k: Constants) -> tuple[Array, Array]:
     whole = collectives.reduce_all(c.reduce_bytes * block / n, replicas, np.ones_like(n), c.link * k.link, net, k.hop)
     rs = rs + np.where(replicas > 1, whole, 0)
     every = ~once_a_step(c)
-    return np.where(every, ag, 0.0), np.where(every, rs, 0.0)
+    return np.where(every, ag, 0.0), np.where(every & (c.frozen == 0), rs, 0.0)
 
 
 def once_a_step(c: Columns) -> Array:
@@ -267,14 +315,19 @@ def _pipeline(c: Columns, k: Constants, m: Array) -> Array:
     """Activations between stages: forward and backward of every micro-batch and chunk that nothing hides."""
     size = 2 * c.b * c.s / c.cp * c.h / c.tp
     across = c.tp * c.cp * c.dp >= c.domain
-    time = size / np.where(across, c.net * k.network, c.link * k.link) + 2e-5
+    time = size / np.where(across, c.net * k.network, c.link * k.link) + HANDOVER
     exposed = np.where((c.vp > 1) | (c.overlap > 0), 0.3, 1.0)
     return np.where(c.pp > 1, 2 * time * (m * c.vp * exposed + c.pp - 1), 0.0)
 
 
 def _gradients(c: Columns, k: Constants, layers: Array, m: Array, block: Array) -> Array:
-    """Reduction of gradients and gather of new parameters, once a step, where they are not sharded in the step."""
-    local = layers * block_parameters(c) / c.tp + c.V * c.h / c.tp
+    """Reduction of gradients and gather of new parameters, once a step, where they are not sharded in the step.
+
+    In a pipeline under zero2, gradients are scattered after every round of as many micro-batches as stages; those of
+    the rounds before the last run beside compute.
+    """
+    local = np.where(c.frozen > 0, 0.0, layers * block_parameters(c) / c.tp + c.V * c.h / c.tp)
+    local = np.where(once_a_step(c), local, 0.0) + sight_parameters(c)
     ranks = c.dp * c.cp
     inside = np.clip(np.minimum(ranks, c.domain / c.tp), 1, None)
     net = c.net * k.network
@@ -287,12 +340,15 @@ def _gradients(c: Columns, k: Constants, layers: Array, m: Array, block: Array) 
     waves = np.where(c.vp > 1, np.minimum(m, c.pp) * (1 - 1 / c.vp) * 0.67, 0.0)
     window = np.where(c.overlap > 0, np.maximum(0.8, waves) * layers * block, 0.0)
     left = np.maximum(time - window, 0.1 * time * (c.overlap > 0))
-    slowed = k.contention * np.minimum(time, window)
-    return np.where(once_a_step(c) & (ranks > 1), left + slowed, 0.0)
+    early = np.where((c.zero == 2) & (c.pp > 1), np.maximum(0.0, m / c.pp - 1), 0.0) * collectives.gather(
+        c.reduce_bytes * local, *args
+    )
+    slowed = k.contention * (np.minimum(time, window) + early)
+    return np.where((local > 0) & (ranks > 1), left + slowed, 0.0)
 
 
 def _optimizer(c: Columns, k: Constants, layers: Array) -> Array:
     """Reading and writing weights, moments and gradients."""
-    local = layers * block_parameters(c) / c.tp + c.V * c.h / c.tp
+    local = np.where(c.frozen > 0, 0.0, layers * block_parameters(c) / c.tp + c.V * c.h / c.tp) + sight_parameters(c)
     mine = np.where(c.zero > 0, local / np.maximum(1, c.shard), local)
     return mine * 30 / (c.bw * k.memory) + local * np.where(once_a_step(c), 6.0, 0.0) / (c.bw * k.memory)

@@ -12,6 +12,7 @@ from puna.train.hardware import Hardware, default_path, read
 
 TABLE = Path(__file__).parent / "hardware.toml"
 UNKNOWN_ACHIEVABLE = 0.8
+THIS_MACHINE = "this-machine"
 
 
 class HardwareError(UserError):
@@ -115,6 +116,15 @@ def clusters() -> dict[str, dict[str, Any]]:
     return dict(_table(TABLE)["cluster"])
 
 
+def measured(gpu: Gpu) -> Hardware | None:
+    """What `puna doctor` left of this machine, if `gpu` is its CPU and the trainer's kernels were timed there."""
+    path = default_path()
+    if gpu.name != THIS_MACHINE or not path.is_file():
+        return None
+    found = read(path)
+    return found if found.device == "cpu" and found.kernels else None
+
+
 def _stamp() -> tuple[tuple[str, float], ...]:
     files = [TABLE, *sorted(user_folder().glob("*.toml"))]
     return tuple((str(path), path.stat().st_mtime) for path in files)
@@ -125,7 +135,7 @@ def _gpus(stamp: tuple[tuple[str, float], ...]) -> dict[str, Gpu]:
     found: dict[str, Gpu] = {}
     for path, _ in stamp:
         table = _table(Path(path))
-        entries = table.get("gpu", {}) if "device" not in table else {"this-machine": _measured(read(Path(path)), path)}
+        entries = table.get("gpu", {}) if "device" not in table else {THIS_MACHINE: _measured(read(Path(path)), path)}
         for name, entry in entries.items():
             found[name] = _gpu(name, entry, found, path)
     return found

@@ -1,5 +1,6 @@
 """A job from names, flags or a recipe's settings; and a found layout back as a recipe."""
 
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -78,8 +79,24 @@ def by_name(name: str) -> Transformer:
     return workload.find(name)
 
 
-def emit(base: str, layout: Layout) -> str:
-    """A recipe that trains `base` in this layout. Raises PlanError for axes that the trainer does not have."""
+TRAINED = ("fp32", "bf16", "fp16")
+"""Number formats that the trainer computes in."""
+
+
+def trainable(layout: Layout) -> bool:
+    """Whether this package trains it: data parallelism with sharded parameters, or one process, in a format it has."""
+    alone = layout.dp * layout.tp * layout.pp * layout.cp * layout.ep == 1
+    along = layout.tp == layout.pp == layout.cp == layout.ep == 1 and layout.sharding in ("zero2", "zero3", "hsdp")
+    return (alone or along) and layout.precision in TRAINED
+
+
+def emit(base: str, layout: Layout, num_processes: int) -> str:
+    """A recipe that trains `base` in this layout, `num_processes` of it on each machine.
+
+    Raises PlanError for axes and number formats that the trainer does not have.
+    """
+    if layout.precision not in TRAINED:
+        raise PlanError(f"the trainer does not compute in {layout.precision}", f"Search in {', '.join(TRAINED)}.")
     for axis in ("tp", "pp", "cp"):
         if getattr(layout, axis) > 1:
             raise PlanError(
@@ -89,7 +106,10 @@ def emit(base: str, layout: Layout) -> str:
     replicas = layout.dp // layout.shard_group if layout.shard_group else 1
     return "\n".join(
         (
-            f'extends = "{base}"',
+            f"extends = {json.dumps(base)}",
+            "",
+            "[run]",
+            f"num_processes = {num_processes}",
             "",
             "[train]",
             f"batch_tokens = {layout.global_batch * layout.seq_len}",

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 
 from puna.plan.hardware import Cluster
-from puna.plan.workload import PlanError, Transformer
+from puna.plan.workload import PlanError, Transformer, Vision
 
 Sharding = Literal["none", "zero1", "zero2", "zero3", "hsdp"]
 Recompute = Literal["none", "selective", "full"]
@@ -31,7 +31,9 @@ class Layout:
     "selective": attention's core under megatron, jax and oneflow, half of a block under pytorch. recompute_share: of
     the blocks, those that are recomputed. overlaps_gradients:
     gradient and parameter traffic of zero1 or none runs beside compute. overlaps_tensor: chunks of tensor-parallel
-    traffic run beside their matrix products.
+    traffic run beside their matrix products. keeps_gated: the product of gate and up is kept for backward; false where
+    a fused kernel makes it again (xFormers' SwiGLU). frozen: the decoder's own weights have no gradient; adapters of
+    low rank, whose work is not counted, or what makes it see, are trained.
     """
 
     global_batch: int
@@ -55,6 +57,8 @@ class Layout:
     overlaps_gradients: bool = True
     overlaps_tensor: bool = False
     reduce_bytes: int = 4
+    keeps_gated: bool = True
+    frozen: bool = False
 
     def check(self, model: Transformer, cluster: Cluster) -> None:
         """Raise PlanError where sizes do not divide what they cut."""
@@ -117,8 +121,8 @@ def _numbers(case: Case) -> dict[str, float]:
     dense = {
         "L": model.layers, "h": model.hidden, "f": model.ffn, "a": model.heads, "kv": model.kv_heads,
         "V": model.vocab, "gated": model.gated, "tied": model.tied,
-        "E": model.experts, "act": model.active, "fe": model.expert_ffn,
-    }  # fmt: skip
+        "E": model.experts, "act": model.active, "fe": model.expert_ffn, "q": model.heads * model.head_dim,
+    } | _sight(model.vision)  # fmt: skip
     wide = layout.precision if layout.precision in ("fp16", "fp32") else "bf16"
     device = {
         "peak": gpu.peak(layout.precision) * 1e12, "peak16": gpu.peak(wide) * 1e12, "achievable": gpu.achievable,
@@ -135,12 +139,18 @@ def _numbers(case: Case) -> dict[str, float]:
         "flash": layout.attention != "unfused", "stack": STACKS.index(layout.stack),
         "zb": SCHEDULES.index(layout.schedule), "sp": layout.sequence_parallel, "overlap": layout.overlaps_gradients,
         "tp_overlap": layout.overlaps_tensor, "low": PRECISIONS.index(layout.precision) >= 3,
-        "full_precision": layout.precision == "fp32",
+        "full_precision": layout.precision == "fp32", "frozen": layout.frozen, "keeps": layout.keeps_gated,
         "fused_share": {"flash-1": FIRST_FLASH * gpu.ampere_attention, "flash": gpu.ampere_attention}.get(
             layout.attention, 1.0
         ),
     }  # fmt: skip
     return dense | device | cut
+
+
+def _sight(vision: Vision | None) -> dict[str, float]:
+    """What makes a decoder see; zeros where nothing does."""
+    keys = ("cross_layers", "image_tokens", "tile", "layers", "hidden", "ffn", "heads", "features")
+    return {f"see_{key}": getattr(vision, key) if vision else 0.0 for key in keys}
 
 
 def _shard(layout: Layout, cluster: Cluster) -> int:

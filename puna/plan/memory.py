@@ -1,5 +1,6 @@
 """Memory of one rank of a training run, estimated from its settings. No torch here."""
 
+import math
 from dataclasses import asdict, dataclass
 
 from puna.llama.config import LlamaConfig
@@ -20,12 +21,15 @@ class Memory:
     optimizer: int
     average: int
     gathered: int
+    exchanged: int
     activations: int
     logits: int
+    update: int
 
     @property
     def total(self) -> int:
-        """The sum: all of it is alive at the end of a forward."""
+        """The sum. Not all of it is alive at one moment, but an allocator that has grown to hold each of these does not
+        lay one into the holes of another; measured on CPUs, a rank holds the sum."""
         return sum(asdict(self).values())
 
 
@@ -39,6 +43,7 @@ def estimate_memory(
     accumulates: bool,
     averages: bool,
     compute_bytes: int,
+    shares_memory: bool = False,
 ) -> Memory:
     """Memory of a rank of `num_ranks`, each copy of the model cut over `shard` of them (F).
 
@@ -47,8 +52,9 @@ def estimate_memory(
     root and the two largest neighbouring blocks, or everything without resharding; and gradients that are not reduced
     yet: those of the root and one block, or with accumulation 4 N. Activations: `puna.plan.llama.kept_bytes` in the
     compute dtype; with recompute, a block's input (full) and its matrix products (selective), and one whole block.
-    Logits: the loss's chunk. accumulates: whether a step has several micro-batches. Allocator slack and the code itself
-    are not in it.
+    Logits: the loss's chunk. accumulates: whether a step has several micro-batches. shares_memory: whether collectives
+    go through shared memory, of which a rank touches its own slabs and its part of the others'. Update: Muon's
+    orthogonal matrices. Allocator slack and the code itself are not in it.
     """
     all_units = units(model, "root")
     whole = sum(unit.elements(shard) for unit in all_units)
@@ -62,9 +68,28 @@ def estimate_memory(
         optimizer=_moments(model, train, own),
         average=own * MASTER_BYTES if averages else 0,
         gathered=0 if alone else peak_unsharded(all_units, sharding) * compute_bytes,
+        exchanged=_slabs(root, block, shard) if shares_memory else 0,
         activations=_activations(model, train, compute_bytes),
         logits=_logits(model, train, compute_bytes),
+        update=_update(model, train, shard),
     )
+
+
+def _slabs(root: int, block: int, shard: int) -> int:
+    """Two slabs, used in turn, each as large as the largest gradient that a rank has put there."""
+    touched = 1 + (shard - 1) / shard
+    return int(2 * MASTER_BYTES * max(root, block) * touched)
+
+
+def _update(model: LlamaConfig, train: TrainConfig, shard: int) -> int:
+    """Under Muon the updates of all matrices of the blocks, before and after they are made orthogonal, and what the
+    largest needs for it; sharded, what is sent and received too."""
+    if train.optimizer == "adamw":
+        return 0
+    shapes = [shape for unit in units(model, "root")[:-1] for shape in unit.shapes if len(shape) == 2]
+    copies = 2 if shard == 1 else 6
+    largest = max(math.prod(shape) for shape in shapes)
+    return MASTER_BYTES * (copies * sum(math.prod(shape) for shape in shapes) // shard + 3 * largest)
 
 
 def _moments(model: LlamaConfig, train: TrainConfig, own: int) -> int:
@@ -91,5 +116,10 @@ def _activations(model: LlamaConfig, train: TrainConfig, compute_bytes: int) -> 
 
 def _logits(model: LlamaConfig, train: TrainConfig, compute_bytes: int) -> int:
     """One chunk in float32, and in the compute dtype twice more where that is another."""
-    rows = min(train.micro_batch * train.seq_len, max(MIN_CHUNK, CHUNK_BYTES // (4 * model.vocab_size)))
+    rows = min(train.micro_batch * train.seq_len, chunk_rows(model.vocab_size))
     return rows * model.vocab_size * (4 if compute_bytes == 4 else 4 + 2 * compute_bytes)
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Tokens of one chunk of the loss."""
+    return max(MIN_CHUNK, CHUNK_BYTES // (4 * vocab_size))

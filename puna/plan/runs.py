@@ -3,21 +3,25 @@
 The rules see the configuration of a row, never its speed.
 """
 
+import codecs
 import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from puna.errors import UserError
 from puna.plan import hardware
+from puna.plan.fits import ROOM
 from puna.plan.footprint import footprint
-from puna.plan.layout import RECOMPUTES, SCHEDULES, SHARDINGS, STACKS, Attention, Case, Layout, columns
-from puna.plan.workload import PlanError, Transformer
+from puna.plan.layout import SCHEDULES, STACKS, Attention, Case, Layout, Recompute, Sharding, Stack, columns
+from puna.plan.workload import PlanError, Transformer, find
 
 KEY = ("layers", "hidden", "seq_len", "gpus", "tp", "pp", "global_batch_seqs")
 GATED_FAMILIES = re.compile(r"llama|mistral|mixtral|qwen|yi-|internlm|olmo|gemma|deepseek", re.I)
@@ -29,7 +33,6 @@ VOCABULARIES = (
     (r"qwen", 151936),
     (r"nemotron-?4|nemotron", 256000),
 )
-USABLE_MEMORY = 0.95
 FAMILIES = (
     "GB300",
     "GB200",
@@ -46,6 +49,39 @@ FAMILIES = (
     "L40S",
 )
 FLASH_FREE = ("V100", "A100", "A800")
+
+
+STAND_INS = {"A800": "a100-80", "H800": "h100-sxm", "GH200": "h200"}
+"""Accelerators that differ from another of the table in their links or memory alone."""
+KIND_OF_STACK = (
+    (r"jax|xla|maxtext|pax|t5x", "jax-xla"),
+    (r"megatron|nemo|mcore|deepspeed|nanotron|colossal|internevo|paddle|primus|mindspeed", "megatron"),
+    (r"compil", "pytorch-compiled"),
+    (r"oneflow", "oneflow"),
+    (r"", "pytorch-eager"),
+)
+SAME_PRECISION = (
+    (r"nvfp4|fp4", "nvfp4"),
+    (r"mx.?fp8|fp8.?mx|mxfp", "mxfp8"),
+    (r"fp8|float8|e4m3|hybrid", "fp8"),
+    (r"bf16|bfloat16", "bf16"),
+    (r"fp16|float16|half", "fp16"),
+    (r"fp32|float32", "fp32"),
+)
+SAME_RECOMPUTE = (
+    (r"none|no|off|false|0", "none"),
+    (r"selective.*|core.*|attention.*", "selective"),
+    (r"full.*|uniform|block|all|yes|on|true|1", "full"),
+)
+SAME_SHARDING = (
+    (r"none|no|off|false|0|ddp|zero-?0", "none"),
+    (r"zero[- _]?1|1|dist.*opt.*|os", "zero1"),
+    (r"zero[- _]?2|2|grad.?op", "zero2"),
+    (r"zero[- _]?3|3|fsdp2?|full.?shard", "zero3"),
+    (r"hsdp|hybrid.*", "hsdp"),
+)
+MOST = 1e12
+"""Largest size that a row may have."""
 
 
 class RunsError(UserError):
@@ -65,84 +101,136 @@ class Run:
 
 @dataclass(frozen=True)
 class Runs:
-    """What a file held: runs, and why rows were left out."""
+    """What a file held: runs with a speed, runs that only have a memory, and why rows were left out."""
 
     runs: tuple[Run, ...]
     skipped: dict[str, int]
     broken: tuple[str, ...]
+    untimed: tuple[Run, ...] = ()
 
 
 def read(path: Path, kinds: tuple[str, ...] = ("dense",)) -> Runs:
     """Every row of those kinds with the full key and a speed, as cases.
 
-    Raises RunsError where the file is not there or has none of the columns; a broken row is left out and named with
-    its line in `broken`.
+    Text may be UTF-8, UTF-16 or of Windows, columns parted by commas, semicolons or tabs. Raises RunsError where the
+    file is not there, is no table or lacks a column; a row that is no possible job is left out and named with its line
+    in `broken`.
     """
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            missing = [key for key in ("id", "gpu", *KEY) if key not in (reader.fieldnames or ())]
-            if missing:
-                raise RunsError(f"{path} has no column {missing[0]}", "Name the columns in the first line.")
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RunsError(f"{path} cannot be read: {error}", "Give a CSV file.") from error
-    runs, skipped, broken = [], Counter[str](), []
-    for line, row in rows:
+    runs, untimed, skipped, broken = [], [], Counter[str](), []
+    for line, row in _rows(path):
         reason = _left_out(row, kinds)
+        try:
+            if not reason:
+                runs.append(_run(row, line))
+            elif reason == NO_SPEED and row.get("peak_mem_gb"):
+                untimed.append(_run(row, line))
+        except (PlanError, hardware.HardwareError) as error:
+            unknown = isinstance(error, hardware.HardwareError)
+            reason = reason or ("unknown accelerator" if unknown else "broken row")
+            broken.append(f"line {line} ({row.get('id')}): {error}")
         if reason:
             skipped[reason] += 1
-            continue
-        try:
-            runs.append(_run(row))
-        except (PlanError, hardware.HardwareError, ValueError) as error:
-            skipped["broken row"] += 1
-            broken.append(f"line {line} ({row.get('id')}): {error}")
-    return Runs(tuple(runs), dict(skipped), tuple(broken))
+    return Runs(tuple(runs), dict(skipped), tuple(broken), tuple(untimed))
+
+
+def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, str | None]]]:
+    """Line and cells of every row, the names of columns in small letters."""
+    try:
+        text = _text(path.read_bytes())
+    except OSError as error:
+        raise RunsError(f"{path} cannot be read: {error.strerror}", "Give a CSV file.") from error
+    head = text.partition("\n")[0]
+    reader = csv.DictReader(StringIO(text, newline=""), delimiter=max(",;\t", key=head.count))
+    try:
+        names = [name.strip().lower() for name in reader.fieldnames or ()]
+        missing = [key for key in ("id", "gpu", *KEY) if key not in names]
+        if missing:
+            raise RunsError(f"{path} has no column {', '.join(missing)}", "Name the columns in the first line.")
+        reader.fieldnames = names
+        for row in reader:
+            yield reader.line_num, {key: _cell(value) for key, value in row.items() if isinstance(key, str)}
+    except csv.Error as error:
+        raise RunsError(f"{path} cannot be read: line {reader.line_num}: {error}", "Mend that line.") from error
+
+
+def _text(data: bytes) -> str:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data.decode("utf-16", errors="replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
+def _cell(value: object) -> str | None:
+    return value.strip() if isinstance(value, str) else None
+
+
+NO_SPEED = "no speed"
+
+
+MIXTURES = (
+    (r"mixtral.*8x22b", "mixtral-8x22b"),
+    (r"mixtral.*8x7b", "mixtral-8x7b"),
+    (r"qwen3.*235b", "qwen3-235b-a22b"),
+    (r"qwen3.*30b", "qwen3-30b-a3b"),
+    (r"gpt.?oss.*120b", "gpt-oss-120b"),
+    (r"gpt.?oss.*20b", "gpt-oss-20b"),
+)
+"""Public mixtures, whose rows state neither layers nor experts."""
+
+
+def _mixture(row: Mapping[str, str | None]) -> Transformer | None:
+    name = row.get("model") or ""
+    known = next((model for pattern, model in MIXTURES if re.search(pattern, name, re.I)), None)
+    return find(known) if known else None
 
 
 def _left_out(row: Mapping[str, str | None], kinds: tuple[str, ...]) -> str:
-    """Why a row is no dense run with the full key and a speed; empty where it is one."""
-    kind = row.get("kind") or "dense"
+    """Why a row is no run of those kinds with the full key and a speed; empty where it is one."""
+    kind = (row.get("kind") or "dense").lower()
     if kind not in kinds:
         return f"kind {kind}"
-    if not all(row.get(key) for key in KEY):
+    if kind == "moe" and _mixture(row) is None:
+        return "mixture of unknown shape"
+    key = [name for name in KEY if kind != "moe" or name not in ("layers", "hidden")]
+    if not all(row.get(name) for name in key):
         return "incomplete key"
-    return "" if row.get("tokens_per_s_per_gpu") or row.get("iter_time_s") else "no speed"
+    return "" if row.get("tokens_per_s_per_gpu") or row.get("iter_time_s") else NO_SPEED
 
 
-def _run(row: Mapping[str, str | None]) -> Run:
+def _run(row: Mapping[str, str | None], line: int) -> Run:
     case = case_of(row)
-    return Run(
-        id=row["id"] or "",
-        source=(row["id"] or "").partition("-")[0],
-        case=case,
-        seconds=_seconds(row, case),
-        memory=_number(row, "peak_mem_gb", math.nan),
-    )
+    columns([case])  # which refuses a number format that the accelerator lacks
+    name = row.get("id") or f"line {line}"
+    memory = _number(row, "peak_mem_gb", math.nan)
+    if memory <= 0:
+        raise PlanError(f"peak_mem_gb is {memory}", "Give a number above 0, or nothing.")
+    return Run(name, name.partition("-")[0], case, _seconds(row, case), memory)
 
 
 def _seconds(row: Mapping[str, str | None], case: Case) -> float:
+    """Of an iteration; NaN where the row states none."""
+    seconds, rate = _number(row, "iter_time_s", math.nan), _number(row, "tokens_per_s_per_gpu", math.nan)
+    for key, value in (("iter_time_s", seconds), ("tokens_per_s_per_gpu", rate)):
+        if value <= 0:
+            raise PlanError(f"{key} is {row.get(key)}", "Give a number above 0, or nothing.")
     tokens = case.layout.global_batch * case.layout.seq_len
-    rate = _number(row, "tokens_per_s_per_gpu", 0.0)
-    seconds = _number(row, "iter_time_s", 0.0) or tokens / (rate * case.cluster.gpus)
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"an iteration of {seconds} s")
-    return seconds
+    return tokens / (rate * case.cluster.gpus) if math.isnan(seconds) else seconds
 
 
 def case_of(row: Mapping[str, str | None]) -> Case:
-    """A row as a case. Raises PlanError, HardwareError or ValueError where the row is not a job that could be."""
+    """A row as a case. Raises PlanError or HardwareError where the row is not a job that could be."""
     model = _model(row)
     cluster = _cluster(row)
     layout = _layout(row, model, cluster)
     if layout.dp * layout.tp * layout.pp * layout.cp != cluster.gpus:
         layout = replace(layout, dp=max(1, cluster.gpus // (layout.tp * layout.pp * layout.cp)))
     case = Case(model, cluster, layout)
-    stated = bool(row.get("zero_or_fsdp")) or layout.attention == "unfused"
+    stated = bool(_word(row, "zero_or_fsdp", SAME_SHARDING)) or layout.attention == "unfused"
     if not stated and _needs([replace(case, layout=replace(layout, recompute="full"))])[0] > _room(case):
         case = replace(case, layout=replace(layout, sharding="zero3"))
-    return case if row.get("recompute") else _lightest_recompute(case)
+    return case if _word(row, "recompute", SAME_RECOMPUTE) else _lightest_recompute(case)
 
 
 def _needs(cases: list[Case]) -> np.ndarray:
@@ -150,23 +238,43 @@ def _needs(cases: list[Case]) -> np.ndarray:
 
 
 def _room(case: Case) -> float:
-    return USABLE_MEMORY * case.cluster.gpu.memory * 1e9
+    return ROOM * case.cluster.gpu.memory * 1e9
 
 
 def _number(row: Mapping[str, str | None], key: str, default: float) -> float:
     text = row.get(key)
-    return float(text) if text else default
+    if not text:
+        return default
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise PlanError(f"{key} is {text!r}", "Give a number.")
+    return number
 
 
 def _count(row: Mapping[str, str | None], key: str, default: int) -> int:
     number = _number(row, key, default)
-    if number != int(number) or number < 1:
-        raise PlanError(f"{key} is {row.get(key)}", "Give a whole number of at least 1.")
+    if number != int(number) or not 1 <= number <= MOST:
+        raise PlanError(f"{key} is {row.get(key)}", f"Give a whole number from 1 to {MOST:.0e}.")
     return int(number)
+
+
+def _word(row: Mapping[str, str | None], key: str, same: Sequence[tuple[str, str]]) -> str:
+    """What a cell says, in the words of `Layout`; empty where it says nothing."""
+    text = row.get(key) or ""
+    found = next((word for pattern, word in same if text and re.fullmatch(pattern, text, re.I)), "")
+    if text and not found:
+        raise PlanError(f"{key} is {text!r}", f"Choose one of {', '.join(word for _, word in same)}, or nothing.")
+    return found
 
 
 def _model(row: Mapping[str, str | None]) -> Transformer:
     name = row.get("model") or ""
+    mixture = _mixture(row) if (row.get("kind") or "").lower() == "moe" else None
+    if mixture:
+        return mixture
     hidden = _count(row, "hidden", 1)
     heads = _count(row, "heads", max(1, hidden // 128))
     ffn = _count(row, "ffn", 4 * hidden)
@@ -192,6 +300,8 @@ def _gpu(name: str) -> hardware.Gpu:
         if words.lower() in aliases:
             return aliases[words.lower()]
     family = next((word for word in FAMILIES if re.search(rf"\b{word}", name, re.I)), None)
+    if stand_in := next((other for word, other in STAND_INS.items() if re.search(rf"\b{word}", name, re.I)), None):
+        return hardware.find(stand_in)
     if family is None:
         return hardware.find(name)
     parts = [gpu for gpu in known if gpu.name.startswith(family.lower()) and not gpu.full_power]
@@ -212,9 +322,8 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
     units.
     """
     notes = f"{row.get('notes') or ''} {row.get('source') or ''}"
-    stack = row.get("stack") or "pytorch-eager"
-    if stack not in STACKS:
-        raise PlanError(f"stack is {stack!r}", f"Choose one of {', '.join(STACKS)}.")
+    stated = row.get("stack") or "pytorch-eager"
+    stack: Stack = cast(Stack, stated if stated in STACKS else _stack_like(stated))
     old = stack in ("megatron", "oneflow") and cluster.gpu.name.split("-")[0].upper() in FLASH_FREE
     attention = _attention(row.get("attention_impl") or "", stack, old or (stack == "jax-xla" and not model.gated))
     flash = attention != "unfused"
@@ -225,12 +334,9 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
     interleaved = re.search(r"interleaved", notes, re.I) is not None
     pieces = pp * (1 + interleaved) if torch else 0
     micro = _count(row, "micro_batch_seqs", _micro_batch(batch // dp or 1, seq_len, pp, pieces))
-    recompute = row.get("recompute") or "none"
-    if recompute not in RECOMPUTES:
-        raise PlanError(f"recompute is {recompute!r}", f"Choose one of {', '.join(RECOMPUTES)}.")
-    sharding = row.get("zero_or_fsdp") or _sharding(stack, flash)
-    if sharding not in SHARDINGS:
-        raise PlanError(f"zero_or_fsdp is {sharding!r}", f"Choose one of {', '.join(SHARDINGS)}.")
+    recompute = cast(Recompute, _word(row, "recompute", SAME_RECOMPUTE) or "none")
+    sharding = cast(Sharding, _word(row, "zero_or_fsdp", SAME_SHARDING) or _sharding(stack, flash))
+    precision = _precision(row)
     group = re.search(r"zero1=(\d+)", notes)
     modern = flash or stack not in ("megatron", "oneflow")
     schedule = next((name for name in SCHEDULES if f"schedule {name}" in notes.lower()), SCHEDULES[0])
@@ -241,20 +347,34 @@ def _layout(row: Mapping[str, str | None], model: Transformer, cluster: hardware
         pp=pp,
         vp=_count(row, "vp", _chunks(model.layers, pp, batch // (dp * micro) or 1, stack, flash, interleaved)),
         cp=cp,
+        ep=_count(row, "ep", 1),
+        frozen=(row.get("kind") or "").lower() == "lora",
         micro_batch=micro,
         seq_len=seq_len,
         sharding=sharding,
         shard_group=int(group[1]) if group else 0,
         recompute=recompute,
-        precision=row.get("precision") or ("bf16" if modern else "fp16"),
+        precision=precision or ("bf16" if modern else "fp16"),
         attention=attention,
         stack=stack,
         schedule=schedule,
         sequence_parallel=flash or recompute != "full",
         overlaps_gradients=modern,
         overlaps_tensor=_overlaps_tensor(notes, stack, cluster.gpu, flash),
-        reduce_bytes=_reduce_bytes(notes, stack, modern, row.get("precision") or "bf16"),
+        reduce_bytes=_reduce_bytes(notes, stack, modern, precision or "bf16"),
     )  # fmt: skip
+
+
+def _stack_like(words: str) -> str:
+    return next(kind for pattern, kind in KIND_OF_STACK if re.search(pattern, words, re.I))
+
+
+def _precision(row: Mapping[str, str | None]) -> str:
+    text = row.get("precision") or ""
+    found = next((word for pattern, word in SAME_PRECISION if re.search(pattern, text, re.I)), "")
+    if text and not found:
+        raise PlanError(f"precision is {text!r}", f"Choose one of {', '.join(word for _, word in SAME_PRECISION)}.")
+    return found
 
 
 def _attention(stated: str, stack: str, unfused: bool) -> Attention:

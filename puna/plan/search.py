@@ -1,6 +1,6 @@
 """The fastest layouts of a job that fit, and why: thousands of them are estimated at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -10,17 +10,25 @@ import numpy as np
 from puna.plan.constants import Fitted
 from puna.plan.describe import describe
 from puna.plan.estimate import estimate
-from puna.plan.fits import remedies, shortfall
+from puna.plan.fits import ROOM, remedies, shortfall
 from puna.plan.footprint import footprint
 from puna.plan.hardware import Cluster
 from puna.plan.layout import SHARDINGS, Case, Columns, Layout, columns
 from puna.plan.workload import PlanError, Transformer
 
-ROOM = 0.92
-"""Share of the memory that a plan may fill."""
 CHANGES = (("network bandwidth x 2", {"net": 2.0}), ("network bandwidth / 2", {"net": 0.5}),
            ("memory x 1.5", {"capacity": 1.5}), ("memory / 1.5", {"capacity": 1 / 1.5}),
            ("fast links x 2", {"link": 2.0}), ("matrix rate x 2", {"peak": 2.0, "peak16": 2.0}))  # fmt: skip
+
+
+PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (
+        "arXiv 2407.21783, table 4 and section 3.3.2; xFormers' SwiGLU",
+        {"tp": 8, "pp": 16, "vp": 8, "micro_batch": 1, "sharding": "zero2", "keeps_gated": False},
+    )
+    for name in ("llama3-405b", "llama3.1-405b")
+}
+"""Layouts in which models were trained, with their source."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Found:
 def candidates(model: Transformer, cluster: Cluster, base: Layout, precisions: Sequence[str]) -> Iterator[Layout]:
     """Layouts whose sizes divide what they cut: dp x sharding x tp x pp x vp x cp x micro-batch x recompute x format.
 
-    Tensor parallelism stays inside the fast links; context parallelism is tried from 16,384 tokens on.
+    Of a mixture also the ranks that its experts are spread over. Tensor parallelism stays inside the fast links;
+    context parallelism is tried from 16,384 tokens on.
     """
     tps = [
         n
@@ -61,13 +70,19 @@ def _filled(layout: Layout, model: Transformer, cluster: Cluster, precisions: Se
     for micro, precision in product(micros, precisions):
         num = rank_batch // micro
         chunks = [v for v in _chunks(model.layers, layout.pp) if v == 1 or num % layout.pp == 0]
-        for vp, recompute, (sharding, group) in product(
-            chunks, ("none", "selective", "full"), _shardings(layout, cluster)
+        for vp, recompute, (sharding, group), ep in product(
+            chunks, ("none", "selective", "full"), _shardings(layout, cluster), _spreads(model, layout)
         ):
             yield replace(
                 layout, micro_batch=micro, vp=vp, recompute=recompute, sharding=sharding, shard_group=group,
-                precision=precision,
+                precision=precision, ep=ep,
             )  # fmt: skip
+
+
+def _spreads(model: Transformer, layout: Layout) -> list[int]:
+    """Ranks that the experts of a mixture may be spread over."""
+    ranks = layout.dp * layout.cp
+    return [n for n in _powers(min(64, ranks)) if max(1, model.experts) % n == 0 and ranks % n == 0]
 
 
 def _shardings(layout: Layout, cluster: Cluster) -> list[tuple[Any, int]]:
@@ -102,15 +117,16 @@ def search(
     base: Layout,
     fitted: Fitted,
     precisions: Sequence[str] = ("bf16",),
-    trainable: bool = False,
+    allowed: Callable[[Layout], bool] = lambda layout: True,
 ) -> Found:
-    """All candidates, the fastest that fit first. Raises PlanError where no sizes divide.
-
-    trainable: only what puna trains, which is data parallelism with sharded parameters.
-    """
-    layouts = list(candidates(model, cluster, base, precisions))
-    if trainable:
-        layouts = [x for x in layouts if x.tp == x.pp == x.cp == 1 and x.sharding in ("zero2", "zero3", "hsdp")]
+    """All candidates that are allowed, the fastest that fit first. Raises PlanError where there is none."""
+    divided = list(candidates(model, cluster, base, precisions))
+    layouts = [layout for layout in divided if allowed(layout)]
+    if divided and not layouts:
+        raise PlanError(
+            f"none of the {len(divided)} layouts of {cluster.gpus} GPUs is one that this package trains",
+            "Change the format, the batch or the number of GPUs, or search without --emit and --trainable.",
+        )
     if not layouts:
         raise PlanError(
             f"no layout of {cluster.gpus} GPUs divides a batch of {base.global_batch} sequences",
@@ -133,7 +149,15 @@ def spread(model: Transformer, cluster: Cluster, layouts: Sequence[Layout]) -> C
     }
     first = by_precision[layouts[0].precision]
     c = Columns({key: np.repeat(value, len(layouts)) for key, value in first.items()})
-    for name, key in (("tp", "tp"), ("cp", "cp"), ("pp", "pp"), ("dp", "dp"), ("vp", "vp"), ("micro_batch", "b")):
+    for name, key in (
+        ("tp", "tp"),
+        ("cp", "cp"),
+        ("pp", "pp"),
+        ("dp", "dp"),
+        ("vp", "vp"),
+        ("ep", "ep"),
+        ("micro_batch", "b"),
+    ):
         c[key] = np.array([getattr(layout, name) for layout in layouts], dtype=float)
     c["rc"] = np.array([("none", "selective", "full").index(layout.recompute) for layout in layouts], dtype=float)
     c["redone"] = np.where(c["rc"] > 0, layouts[0].recompute_share, 0.0)
@@ -151,10 +175,10 @@ def report(
     base: Layout,
     fitted: Fitted,
     precisions: Sequence[str] = ("bf16",),
-    trainable: bool = False,
+    allowed: Callable[[Layout], bool] = lambda layout: True,
 ) -> dict[str, Any]:
     """Best, runner-up, what binds, and what would flip the choice; or why nothing fits and what would help."""
-    found = search(model, cluster, base, fitted, precisions, trainable)
+    found = search(model, cluster, base, fitted, precisions, allowed)
     if not found.num_fit:
         case = Case(model, cluster, found.layouts[int(np.argmin(found.bytes))])
         return {
@@ -172,21 +196,46 @@ def report(
         ),
         None,
     )
+    runner_up = describe(Case(model, cluster, found.layouts[different]), fitted) if different else None
     return {
         "fits": True,
         "tried": found.num_tried,
         "num_fit": found.num_fit,
         "best": best,
-        "runner_up": describe(Case(model, cluster, found.layouts[different]), fitted) if different else None,
+        "runner_up": runner_up and runner_up | {"against_best": against(runner_up, best)},
+        "published": _published(model, cluster, base, best, fitted),
         "binding": binding(best),
         "flips": flips(model, cluster, found, fitted),
     }
 
 
+def _published(
+    model: Transformer, cluster: Cluster, base: Layout, best: dict[str, Any], fitted: Fitted
+) -> dict[str, Any] | None:
+    """The layout in which the model was trained, on this cluster and batch, where it is known and possible."""
+    if model.name not in PUBLISHED:
+        return None
+    source, settings = PUBLISHED[model.name]
+    layout = replace(base, **settings, dp=max(1, cluster.gpus // (settings["tp"] * settings["pp"])))
+    try:
+        layout.check(model, cluster)
+    except PlanError:
+        return None
+    figures = describe(Case(model, cluster, layout), fitted)
+    return figures | {"source": source, "against_best": against(figures, best)}
+
+
+def against(other: dict[str, Any], best: dict[str, Any]) -> dict[str, Any]:
+    """What a plan takes more than the best: its share, and the term that differs most with its seconds."""
+    terms = {name: seconds - best["parts"][name] for name, seconds in other["parts"].items()}
+    name = max(terms, key=lambda term: abs(terms[term]))
+    return {"step_time": other["seconds"] / best["seconds"] - 1, "term": name, "seconds": terms[name]}
+
+
 def lines(told: dict[str, Any]) -> list[str]:
     """A report in words."""
     found = [f"{told['tried']} layouts tried, {told['num_fit']} fit"]
-    for name in ("best", "runner_up"):
+    for name in ("best", "runner_up", "published"):
         if plan := told[name]:
             cut = plan["layout"]
             sizes = " ".join(f"{key} {cut[key]}" for key in ("dp", "tp", "pp", "vp", "cp", "micro_batch"))
@@ -196,6 +245,10 @@ def lines(told: dict[str, Any]) -> list[str]:
                 f"{plan['tokens_per_s_per_gpu']:,.0f} tokens/s/GPU, MFU {plan['mfu']:.1%}, "
                 f"{plan['memory_gb']['total']:.0f} of {plan['memory_gb']['capacity']:.0f} GB"
             )
+            if more := plan.get("against_best"):
+                found[-1] += (
+                    f"; {more['step_time']:+.1%} against the best, most of it {more['term']}: {more['seconds']:+.3g} s"
+                )
     term = told["binding"]
     found.append(f"binds: {term['term']}, {term['seconds']:.3g} s, {term['share']:.0%} of the step")
     found += [

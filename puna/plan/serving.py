@@ -24,6 +24,10 @@ def cache_bytes(model: Transformer, tokens: int, element: float = 2.0) -> float:
     return 2 * model.layers * model.kv_heads * model.head_dim * element * tokens
 
 
+def _expert(model: Transformer) -> float:
+    return (3 if model.gated else 2) * model.hidden * model.expert_ffn
+
+
 def serve(
     model: Transformer, cluster: Cluster, k: Constants, *, batch: int, prompt: int, answer: int, precision: str = "bf16"
 ) -> Serving:
@@ -41,13 +45,17 @@ def serve(
     rate = gpu.peak(precision) * 1e12 * gpu.achievable * k.matmul
     band = gpu.bandwidth * 1e12 * k.memory
     weights = model.parameters * element / n
+    touched = min(model.experts, batch * model.active)
+    read_weights = weights - (model.experts - touched) * model.layers * _expert(model) * element / n
     cache = cache_bytes(model, batch * (prompt + answer)) / n
-    flops = 2 * (model.layers * model.block_matrices) + 2 * model.layers * prompt * model.hidden
+    width = model.heads * model.head_dim
+    flops = 2 * (model.layers * model.active_matrices) + 2 * model.layers * prompt * width
     sums = 0.0 if n == 1 else 2 * model.layers * 12e-6
     prefill = max(flops * batch * prompt / n / rate, weights / band) + sums
     sums += 0.0 if n == 1 else 2 * model.layers * 2 * 2 * batch * model.hidden / (gpu.link * 1e9 * k.link)
-    read = weights + cache_bytes(model, batch * (prompt + answer // 2)) / n
-    decode = max(read / band, 2 * model.parameters * batch / n / rate) + sums + model.layers * 8 * 4e-6
+    read = read_weights + cache_bytes(model, batch * (prompt + answer // 2)) / n
+    computed = model.layers * model.active_matrices + model.vocab * model.hidden
+    decode = max(read / band, 2 * computed * batch / n / rate) + sums + model.layers * 8 * 4e-6
     total = prefill + answer * decode
     return Serving(
         prefill, decode, weights, cache, batch * answer / total, (weights + cache) / 1e9 <= 0.92 * gpu.memory

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from html import escape
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 from puna.chart import short
-from puna.plan import hardware
+from puna.plan import hardware, output
 from puna.plan.constants import Fitted
 from puna.plan.describe import describe
 from puna.plan.layout import Case, Layout
@@ -88,14 +88,16 @@ def _picture(found: dict[str, list[dict[str, Any]]], title: str, key: str) -> st
     return "<svg" + text.getvalue().partition("<svg")[2]
 
 
-def _png(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def _png(found: dict[str, list[dict[str, Any]]]) -> bytes:
     """All pictures, one below the other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(SIZE[0], SIZE[1] * len(PICTURES)), dpi=100, layout="constrained")
     for place, (title, key) in zip(figure.subplots(len(PICTURES)), PICTURES, strict=True):
         _draw(place, found, title, key)
-    figure.savefig(path)
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def _draw(place: Any, found: dict[str, list[dict[str, Any]]], title: str, key: str) -> None:
@@ -118,9 +120,5 @@ def _lines(found: dict[str, list[dict[str, Any]]], key: str) -> dict[str, list[t
 
 
 def write(model: Transformer, gpu: str, found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Write the pictures: as PNG where the name ends in .png, else as an HTML page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".png":
-        _png(found, path)
-    else:
-        path.write_text(page(model, gpu, found), encoding="utf-8")
+    """Write the pictures: as PNG where the name ends in .png, else as an HTML page. Raises DataError."""
+    output.write(path, _png(found) if path.suffix.lower() == ".png" else page(model, gpu, found))

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,15 @@ import numpy as np
 from puna.plan.constants import Fitted
 from puna.plan.footprint import footprint
 from puna.plan.layout import columns
+from puna.plan.output import write
 from puna.plan.runs import Run, Runs
 
 GRID = "vts"
+KEYS = (
+    "median_abs_pct_error", "p90_abs_pct_error", "mean_signed_pct_error", "source_balanced_median",
+    "interval_coverage_80",
+)  # fmt: skip
+"""Of a summary, beside n."""
 FEWEST = 3
 """Rows a source needs to count in the source-balanced median."""
 
@@ -26,8 +31,8 @@ def validate(found: Runs, fitted: Fitted) -> tuple[dict[str, Any], list[dict[str
     `_without_vts`.
     """
     runs = found.runs
-    middle, low, high = fitted.predict(columns([run.case for run in runs]))
-    figures = scores(runs, middle, low, high) | {"skipped": found.skipped, "memory": memory(runs)}
+    middle, low, high = fitted.predict(columns([run.case for run in runs])) if runs else (np.empty(0),) * 3
+    figures = scores(runs, middle, low, high) | {"skipped": found.skipped, "memory": memory([*runs, *found.untimed])}
     rows = [
         {"id": run.id, "predicted_s": float(m), "low_s": float(lo), "high_s": float(hi)}
         for run, m, lo, hi in zip(runs, middle, low, high, strict=True)
@@ -38,7 +43,7 @@ def validate(found: Runs, fitted: Fitted) -> tuple[dict[str, Any], list[dict[str
 def scores(runs: Sequence[Run], middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
     """The summary of some predictions."""
     measured = np.array([run.seconds for run in runs])
-    source = np.array([run.source for run in runs])
+    source = np.array([run.source for run in runs], dtype=str)
     error = middle / measured - 1
     inside = (low <= measured) & (measured <= high)
     rest = source != GRID
@@ -59,7 +64,7 @@ def scores(runs: Sequence[Run], middle: np.ndarray, low: np.ndarray, high: np.nd
 
 def _summary(error: np.ndarray, source: np.ndarray, inside: np.ndarray) -> dict[str, Any]:
     if not len(error):
-        return {"n": 0}
+        return {"n": 0} | dict.fromkeys(KEYS)
     size = np.abs(error)
     medians = [np.median(size[source == name]) for name in sorted(set(source)) if (source == name).sum() >= FEWEST]
     return {
@@ -83,14 +88,18 @@ CONTEXT = 2.0
 """GB that the driver's context and NCCL's buffers take beside the allocator's."""
 SLACK = 1.08
 """What the allocator holds over what is allocated."""
+UNSAID = "as printed; the source does not say whether allocated, reserved or of the device"
 REPORTED = {
     "bloompre": ("nvidia-smi of the first or last stage", 1.0, SLACK, CONTEXT),
     "ttitan": ("reserved, GiB, most of the ranks", GIB, SLACK, 0.0),
     "dlperf": ("nvidia-smi, MiB / 1024", GIB, 1.0, 0.0),
     "mlperf": ("max_memory as logged", 1.0, 1.0, 0.0),
-    "zb": ("as printed", 1.0, 1.0, 0.0),
+    "zb": (UNSAID, 1.0, 1.0, 0.0),
+    "nanotron": (UNSAID, 1.0, 1.0, 0.0),
+    "internevo": ("GPU memory in GB; the source does not say which", 1.0, 1.0, 0.0),
+    "colossal": (UNSAID, 1.0, 1.0, 0.0),
 }
-UNKNOWN = ("not stated", 1.0, 1.0, 0.0)
+UNKNOWN = (UNSAID, 1.0, 1.0, 0.0)
 """What a source means by peak memory: words, GB of its unit, and what of `footprint` it is: slack and context."""
 
 
@@ -123,11 +132,9 @@ def _pct(share: float) -> float:
 
 
 def write_predictions(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write id, predicted_s, low_s, high_s; a reader sees the old file or the new one."""
+    """Write id, predicted_s, low_s, high_s; a reader sees the old file or the new one. Raises DataError."""
     text = io.StringIO()
     writer = csv.DictWriter(text, ["id", "predicted_s", "low_s", "high_s"], lineterminator="\n")
     writer.writeheader()
     writer.writerows({key: value if key == "id" else f"{value:.6g}" for key, value in row.items()} for row in rows)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text.getvalue(), encoding="utf-8")
-    os.replace(temporary, path)
+    write(path, text.getvalue())

@@ -2,16 +2,61 @@
 
 import os
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from puna.errors import DataError
 from puna.train.config import Section, setting
 
 HEADER = "# Measured by `puna doctor`. The unit of each key is in [units].\n\n"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Blocks of a Llama that are timed together: how many, their sizes, tokens of a forward and of each document."""
+
+    num_layers: int
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tokens: int
+    document: int
+
+
+PROBES = (Probe(2, 64, 192, 1, 1, 64, 64, 64), Probe(4, 256, 704, 4, 2, 64, 512, 256))
+"""What the tables "blocks_RECOMPUTE" hold, whose one axis numbers them from 1: one that is nearly all overhead, and one
+that keeps more than caches hold."""
+
+Sizes = Annotated[tuple[int, ...], Field(strict=False)]
+Seconds = Annotated[tuple[float, ...], Field(strict=False)]
+Axes = Annotated[tuple[Sizes, ...], Field(strict=False)]
+
+
+class Table(Section):
+    """Seconds of one kernel for every combination of the sizes on its axes, the last axis running fastest."""
+
+    axes: Axes
+    seconds: Seconds
+
+
+class Kernels(Section):
+    """Times of the trainer's kernels in float32, and memory of a rank.
+
+    With `num_processes` of `num_threads` threads each at work at the same time. code_bytes: what a rank has resident
+    when it has imported what a run needs; runtime_bytes: what it takes beside what `puna.plan.memory` counts.
+    """
+
+    num_processes: int
+    num_threads: int
+    tables: dict[str, Table]
+    code_bytes: int
+    runtime_bytes: int
 
 
 class Hardware(Section):
@@ -39,6 +84,9 @@ class Hardware(Section):
     )
     disk_write: float | None = setting(None, "sequential, until it is safe on the disk", "bytes/s", gt=0)
     disk_read: float | None = setting(None, "sequential, not from the page cache", "bytes/s", gt=0)
+    kernels: Annotated[tuple[Kernels, ...], Field(strict=False)] = setting(
+        (), "the trainer's kernels on the CPU, by processes and threads", "s"
+    )
 
 
 def default_path() -> Path:

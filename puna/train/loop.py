@@ -23,7 +23,8 @@ class Run:
     """A task in a run directory. Every rank makes one and calls `go`.
 
     facts: more fields for the start record (mesh, dtype and its reason). peak_flops: matrix rate of one rank in FLOP/s,
-    for the MFU, which is left out without it or without the task's `flops_per_token`.
+    for the MFU, which is left out without it or without the task's `flops_per_token`. prediction: what the run should
+    take, recorded as an event of its own; see puna/predicted.py.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class Run:
         *,
         facts: Mapping[str, Any] | None = None,
         peak_flops: float = 0,
+        prediction: Mapping[str, Any] | None = None,
     ) -> None:
         self.task, self.run, self.config = task, Path(run), config
+        self.prediction = prediction
         self.described = task.describe()
         self.facts = {**(facts or {}), **self.described, "world_size": mesh.world_size(), "mfu_formula": MFU_FORMULA}
         self.facts |= {"peak_flops": peak_flops}
@@ -70,6 +73,8 @@ class Run:
 
     def _begin(self) -> None:
         self._record.event("start", **self.facts, config=self.config.model_dump())
+        if self.prediction:
+            self._record.event("prediction", **self.prediction)
         for folder in checkpoint.incomplete(self.run):
             self._record.event("checkpoint_skipped", folder=folder.name)
             self._record.say(f"{folder.name} is incomplete (a save was cut short) and is passed over")

@@ -48,50 +48,7 @@ def seconds(c: Columns) -> float:
     return float(estimate(c, load().constants)["seconds"][0])
 
 
-@settings(max_examples=40, deadline=None)
-@given(cases(), st.sampled_from(["bw", "link", "net"]), st.floats(1.01, 10))
-def test_more_bandwidth_is_never_slower(case: Case, key: str, factor: float) -> None:
-    c = columns([case])
-    faster = Columns(c | {key: c[key] * factor})
-    assert seconds(faster) <= seconds(c) * (1 + 1e-9)
-
-
-@settings(max_examples=40, deadline=None)
-@given(cases())
-def test_the_parts_add_up_and_none_is_negative(case: Case) -> None:
-    parts = estimate(columns([case]), load().constants)
-    total = parts.pop("seconds")[0]
-    assert min(value[0] for value in parts.values()) >= 0
-    assert sum(value[0] for value in parts.values()) == pytest.approx(total, rel=1e-6)
-
-
-@settings(max_examples=40, deadline=None)
-@given(cases())
-def test_a_step_takes_longer_than_its_arithmetic_at_peak(case: Case) -> None:
-    layout, model = case.layout, case.model
-    tokens = layout.global_batch * layout.seq_len
-    operations = 6 * (model.layers * model.block_matrices) * tokens
-    bound = operations / (case.cluster.gpus * case.cluster.gpu.peak("bf16") * 1e12)
-    assert seconds(columns([case])) > bound
-
-
-@settings(max_examples=25, deadline=None)
-@given(cases())
-def test_every_token_is_in_one_micro_batch(case: Case) -> None:
-    c = columns([case])
-    micro_batches = c.B / (c.dp * c.b)
-    assert float((micro_batches * c.dp * c.b * c.s)[0]) == case.layout.global_batch * case.layout.seq_len
-
-
-@settings(max_examples=25, deadline=None)
-@given(cases(), st.floats(1.0, 8.0))
-def test_more_memory_is_never_less_feasible(case: Case, factor: float) -> None:
-    c = columns([case])
-    larger = Columns(c | {"capacity": c.capacity * factor})
-    assert (footprint(larger)["total"] <= larger.capacity)[0] >= (footprint(c)["total"] <= c.capacity)[0]
-
-
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases())
 def test_twice_the_batch_is_at_most_twice_the_time(case: Case) -> None:
     c = columns([case])
@@ -100,7 +57,7 @@ def test_twice_the_batch_is_at_most_twice_the_time(case: Case) -> None:
     assert once < twice < 2.001 * once
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases())
 def test_recomputation_costs_time_and_saves_memory(case: Case) -> None:
     none, full = (replace(case, layout=replace(case.layout, recompute=kind)) for kind in ("none", "full"))
@@ -108,31 +65,6 @@ def test_recomputation_costs_time_and_saves_memory(case: Case) -> None:
     inputs_are_whole = case.layout.stack == "megatron" and case.layout.micro_batch == 1
     need = [footprint(columns([job]))["activations"][0] for job in (none, full)]
     assert need[1] < need[0] * 2 or inputs_are_whole
-
-
-def test_seconds_have_the_unit_of_bytes_over_bytes_a_second() -> None:
-    """With every rate ten times as high and every latency gone, a large job takes a tenth of the time."""
-    job = Case(
-        workload.find("llama3-70b"),
-        hardware.cluster("h100-sxm", 64),
-        Layout(global_batch=256, dp=8, tp=8, micro_batch=4, seq_len=8192),
-    )
-    c = columns([job])
-    faster = Columns(c | {key: c[key] * 10 for key in ("bw", "link", "net", "peak", "peak16")})
-    constants = replace(load().constants, host=1e-9, hop=1e-9, step=1e-9)
-    slow, fast = (float(estimate(x, constants)["seconds"][0]) for x in (c, faster))
-    assert slow / fast == pytest.approx(10, rel=0.05)
-
-
-def test_many_jobs_together_are_each_alone() -> None:
-    jobs = [
-        Case(
-            workload.find("llama2-7b"), hardware.cluster("h100-sxm", n), Layout(global_batch=8 * n, dp=n, micro_batch=2)
-        )
-        for n in (8, 64, 512)
-    ]
-    together = estimate(columns(jobs), load().constants)["seconds"]
-    assert together == pytest.approx([seconds(columns([job])) for job in jobs])
 
 
 def test_a_single_device_has_no_communication() -> None:

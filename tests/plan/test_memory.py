@@ -52,6 +52,20 @@ def test_muon_keeps_one_moment_of_the_blocks_matrices():
     assert found.optimizer == 8 * ALL - 4 * 4 * (BLOCK - 2 * 64)
 
 
+def test_muon_makes_the_updates_of_all_matrices_at_once():
+    muon = TrainConfig(seq_len=128, micro_batch=2, optimizer="muon")
+    matrices = 4 * (BLOCK - 2 * 64)
+    assert estimate().update == 0
+    assert estimate(muon).update == 4 * (2 * matrices + 3 * 128 * 64)
+    assert estimate(muon, num_ranks=2, shard=2).update == 4 * (6 * matrices // 2 + 3 * 128 * 64)
+
+
+def test_shared_memory_holds_the_largest_gradient_twice_and_part_of_the_others():
+    assert estimate(num_ranks=2, shard=2).exchanged == 0
+    assert estimate(num_ranks=2, shard=2, shares_memory=True).exchanged == 2 * 4 * ROOT * 3 // 2
+    assert estimate(num_ranks=4, shard=4, shares_memory=True).exchanged == 2 * 4 * ROOT * 7 // 4
+
+
 def test_recompute_keeps_less():
     kept = [
         estimate(TrainConfig(seq_len=128, micro_batch=2, recompute=how)).activations

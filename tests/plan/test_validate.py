@@ -6,16 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from puna.errors import DataError
 from puna.plan import constants, runs, validate
 from puna.plan.constants import load
 
 
 @pytest.fixture(scope="session")
-def published(data_dir: Path) -> runs.Runs:
+def published_path(data_dir: Path) -> Path:
     path = data_dir.parent / "planner" / "runs.csv"
     if not path.is_file():
         pytest.skip(f"no published runs at {path}")
-    return runs.read(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def published(published_path: Path) -> runs.Runs:
+    return runs.read(published_path)
 
 
 def test_the_errors_on_published_runs(published: runs.Runs) -> None:
@@ -26,6 +32,16 @@ def test_the_errors_on_published_runs(published: runs.Runs) -> None:
     assert figures["p90_abs_pct_error_without_vts"] <= 25
     assert figures["source_balanced_median_without_vts"] <= 9
     assert figures["by_source"]["vts"]["median_abs_pct_error"] <= 12
+
+
+@pytest.mark.parametrize(("kind", "most", "inside"), [("lora", 15, 60), ("moe", 30, 70)])
+def test_rows_that_no_fit_saw(published_path: Path, kind: str, most: float, inside: float) -> None:
+    """Adapters of low rank and mixtures: no constant was fitted to them, and a mixture's interval says so."""
+    found = runs.read(published_path, (kind,))
+    figures, _ = validate.validate(found, load())
+    assert figures["n"] > 50
+    assert figures["median_abs_pct_error"] <= most
+    assert figures["interval_coverage_80"] >= inside
 
 
 def test_the_memory_of_published_runs(published: runs.Runs) -> None:
@@ -72,3 +88,24 @@ def test_predictions_are_written_for_every_row(published: runs.Runs, tmp_path: P
     assert [row["id"] for row in back] == [run.id for run in published.runs]
     for row in back:
         assert 0 < float(row["low_s"]) < float(row["predicted_s"]) < float(row["high_s"])
+
+
+def test_a_file_without_usable_rows_has_the_same_keys(tmp_path: Path, published: runs.Runs) -> None:
+    empty, _ = validate.validate(runs.Runs((), {"no speed": 3}, ()), load())
+    whole, _ = validate.validate(published, load())
+    assert set(empty) == set(whole)
+    assert empty["n"] == empty["n_without_vts"] == 0
+    assert empty["skipped"] == {"no speed": 3}
+    assert empty["median_abs_pct_error"] is None
+    grid = runs.Runs(tuple(run for run in published.runs if run.source == "vts")[:5], {}, ())
+    figures, rows = validate.validate(grid, load())
+    assert (figures["n"], figures["n_without_vts"], len(rows)) == (5, 0, 5)
+
+
+def test_predictions_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"out\.csv cannot be written: No such file"):
+        validate.write_predictions([], tmp_path / "nowhere" / "out.csv")
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(DataError, match=r"folder\.csv cannot be written: Is a directory"):
+        validate.write_predictions([], tmp_path / "folder.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.csv"]

@@ -1,15 +1,16 @@
 """Workloads that are no dense training: recommendation, graphs, answers; and the counts of the dense ones."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from puna.plan import dlrm, graph, hardware, serving, workload
+from puna.plan import dlrm, graph, hardware, search, serving, workload
 from puna.plan.constants import load
 from puna.plan.describe import describe
 from puna.plan.dlrm import Codec, Dlrm
 from puna.plan.layout import Case, Layout
-from puna.plan.workload import PlanError, Transformer
+from puna.plan.workload import PlanError, Transformer, Vision
 
 TERABYTE = Dlrm(
     rows=(
@@ -78,6 +79,95 @@ def test_a_mixture_computes_what_is_active_and_holds_everything() -> None:
     assert alone["memory_gb"]["parameters"] > 4 * told["memory_gb"]["parameters"]
 
 
+def seen(model: Transformer, **settings: Any) -> dict[str, Any]:
+    """Figures of 64 H100 that train what makes a model see, 192 tokens of text a sequence."""
+    layout = Layout(global_batch=1024, dp=64, micro_batch=8, seq_len=192, **{"frozen": True} | settings)
+    return describe(Case(model, hardware.cluster("h100-sxm", 64), layout), load())
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "sight"),
+    [("llama3.2-11b-vision", 10.6e9, None), ("llama3.2-90b-vision", 88.8e9, None), ("llama3-405b-vision", None, 100e9)],
+)
+def test_models_that_see_have_the_published_parameters(name: str, parameters: float, sight: float) -> None:
+    """Model card of Llama 3.2; "about 100B" for the 405B adapter (Llama 3, section 7.1)."""
+    model = workload.find(name)
+    if parameters:
+        assert model.parameters == pytest.approx(parameters, rel=0.01)
+    else:
+        assert model.vision_parameters == pytest.approx(sight, rel=0.04)
+
+
+def test_sight_is_counted_as_by_hand() -> None:
+    """11B, one image of 1,601 patches, 128 tokens of text: encoder, keys and values on patches, the rest on text."""
+    model = workload.find("llama3.2-11b-vision")
+    assert model.vision
+    model = replace(model, vision=replace(model.vision, image_tokens=1601, tile=1601))
+    encoder = 40 * (4 * 1280**2 + 2 * 1280 * 5120) + 7680 * 4096
+    keys = 2 * 4096 * 1024
+    block = 2 * 4096**2 * 1.25 + 3 * 4096 * 14336
+    by_hand = 1601 * (6 * encoder + 12 * 40 * 1601 * 1280) + 8 * (
+        6 * 128 * (block - keys) + 6 * 1601 * keys + 12 * 128 * 1601 * 4096
+    )
+    text = workload.find("llama3.1-8b")
+    assert 128 * (model.flops_per_token(128) - text.flops_per_token(128)) == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_sight_costs_time_and_memory_and_is_trained_alone() -> None:
+    text, model = workload.find("llama3.1-8b"), workload.find("llama3.2-11b-vision")
+    blind, sees, both = seen(text), seen(model), seen(model, frozen=False)
+    assert blind["parts"]["vision"] == 0 < sees["parts"]["vision"]
+    bound = 1024 * 192 * model._vision_flops(192) / 64 / 989e12
+    assert sees["parts"]["vision"] > bound
+    assert sees["seconds"] < both["seconds"]
+    assert both["parts"]["products"] / sees["parts"]["products"] == pytest.approx(1.5, abs=0.1)
+    assert sees["memory_gb"]["optimizer"] * 64 == pytest.approx(12 * model.vision_parameters / 1e9, rel=0.01)
+    assert both["memory_gb"]["gradients"] - sees["memory_gb"]["gradients"] == pytest.approx(4 * 8.03, rel=0.01)
+    spread = seen(replace(model, vision=replace(model.vision, image_tokens=1601, tile=1601)))  # type: ignore[type-var]
+    assert spread["parts"]["vision"] < 0.5 * sees["parts"]["vision"]
+
+
+def test_a_search_finds_where_to_train_sight() -> None:
+    cluster, model = hardware.cluster("h100-sxm", 64), workload.find("llama3.2-90b-vision")
+    found = search.search(model, cluster, Layout(global_batch=1024, seq_len=192, frozen=True), load())
+    assert found.num_fit > 20
+    assert found.layouts[0].frozen
+
+
+def test_adapters_of_low_rank_take_two_thirds_of_the_operations() -> None:
+    layout = Layout(global_batch=64, dp=8, micro_batch=1, seq_len=4096)
+    whole, frozen = (
+        describe(Case(workload.find("llama2-7b"), hardware.cluster("h100-sxm", 8), replace(layout, frozen=f)), load())
+        for f in (False, True)
+    )
+    assert frozen["parts"]["products"] / whole["parts"]["products"] == pytest.approx(2 / 3, abs=0.02)
+    assert frozen["parts"]["gradients"] == frozen["parts"]["optimizer"] == 0
+    assert frozen["memory_gb"]["parameters"] == pytest.approx(2 * 6.74, rel=0.01)
+    assert frozen["memory_gb"]["gradients"] == frozen["memory_gb"]["optimizer"] == 0
+    model = workload.find("llama2-7b")
+    matrices = model.layers * model.active_matrices + model.vocab * model.hidden
+    assert model.flops_per_token(4096) - model.flops_per_token(4096, frozen=True) == pytest.approx(2 * matrices)
+    per_token = frozen["tflops_per_gpu"] / frozen["tokens_per_s_per_gpu"] * 1e12
+    assert per_token == pytest.approx(model.flops_per_token(4096, causal=False, frozen=True))
+
+
+def test_a_sight_that_cannot_be_is_refused() -> None:
+    with pytest.raises(PlanError, match="vision: image_tokens is 0"):
+        Vision(8, image_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "active"),
+    [("mixtral-8x22b", 141e9, 39e9), ("qwen3-30b-a3b", 30.5e9, 3.3e9), ("qwen3-235b-a22b", 235e9, 22e9),
+     ("gpt-oss-20b", 20.9e9, 3.6e9), ("gpt-oss-120b", 116.8e9, 5.1e9)],
+)  # fmt: skip
+def test_mixtures_have_the_parameters_of_their_cards(name: str, parameters: float, active: float) -> None:
+    model = workload.find(name)
+    assert model.parameters == pytest.approx(parameters, rel=0.01)
+    counted = model.layers * model.active_matrices + model.vocab * model.hidden
+    assert counted == pytest.approx(active, rel=0.17)  # cards differ in whether they count the tables
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -100,6 +190,17 @@ def test_decoding_reads_weights_and_the_cache() -> None:
     assert one.decode < many.decode < 3 * one.decode
     assert many.tokens_per_s > 8 * one.tokens_per_s
     assert serving.cache_bytes(model, 1) == 2 * 80 * 8 * 128 * 2
+
+
+def test_a_mixture_decodes_by_reading_what_its_tokens_need() -> None:
+    model, cluster, k = workload.find("mixtral-8x7b"), hardware.cluster("h100-sxm", 8), load().constants
+    dense = Transformer(32, 4096, 2 * 14336, 32, 8, 32000)
+    one, like = (serving.serve(m, cluster, k, batch=1, prompt=16384, answer=64) for m in (model, dense))
+    assert one.decode == pytest.approx(like.decode, rel=0.01)
+    assert one.prefill == pytest.approx(like.prefill, rel=0.01)
+    assert one.weight_bytes > 3 * like.weight_bytes
+    many, as_many = (serving.serve(m, cluster, k, batch=8, prompt=512, answer=64) for m in (model, dense))
+    assert many.decode > 1.5 * as_many.decode
 
 
 @pytest.mark.parametrize(("changes", "words"), [({"batch": 0}, "batch is 0"), ({}, "more than the 8")])
