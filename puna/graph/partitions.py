@@ -14,11 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from puna.errors import DiskFull
 from puna.graph.buckets import partition_rows
 from puna.graph.config import GraphConfig
 from puna.graph.scores import BLOCK_BYTES, padded
 from puna.graph.tables import fill_normal
 from puna.graph.worker import Part
+from puna.train.checkpoint import NO_ROOM
+from puna.train.disk import size
 from puna.train.rows import RowStore
 
 HELD = 2
@@ -36,7 +39,17 @@ class _Store(RowStore):
 
     def write(self, partition: str, rows: Any) -> None:
         before = self._current.get(partition)
-        super().write(partition, rows)
+        try:
+            super().write(partition, rows)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self.sweep(name for name in self.files() if name.endswith(".tmp"))
+            raise DiskFull(
+                f"partition {partition} of {self.name} does not fit the disk of {self.folder}: it has "
+                f"{size(rows.nbytes)} ({error.strerror})",
+                "Free space there; the same command goes on from the newest checkpoint, which is as it was.",
+            ) from None
         if before and before.file not in self._named:
             self.sweep([before.file])
 

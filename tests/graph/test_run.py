@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from puna import cli
-from puna.errors import CheckpointError, DataError, NonFinite, Unfinished
+from puna.errors import CheckpointError, DataError, DiskFull, NonFinite, Unfinished
 from puna.graph.config import GraphConfig
 from puna.graph.partitions import Table, memory_bytes
 from puna.graph.task import GraphTask
@@ -156,6 +157,30 @@ def test_a_partition_keeps_its_rows_over_the_disk(planted, tmp_path):
     (again,) = table.take([1])
     assert (again.sums == 3).all()
     assert again.vectors.flags.writeable
+
+
+@pytest.fixture
+def small_disk():
+    """Files of at most 500 bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_disk_that_is_full_during_a_swap_loses_nothing(planted, tmp_path, small_disk):
+    task = task_of(planted, tmp_path, num_partitions=3)
+    Run(task_of(planted, tmp_path, num_partitions=3, epochs=1), tmp_path, loop(tmp_path)).go()
+    saved = checkpoint.latest(tmp_path)
+    checkpoint.load(tmp_path, task.state())
+    task.table.take([0])
+    small_disk()
+    with pytest.raises(DiskFull, match=r"partition 0 of nodes does not fit the disk of .*rows/nodes: it has"):
+        task.table.take([1])
+    assert not list((tmp_path / "rows" / "nodes").glob("*.tmp"))
+    assert checkpoint.latest(tmp_path) == saved
+    checkpoint.verify(tmp_path)
 
 
 def test_partitions_do_not_change_where_vectors_begin(planted, tmp_path):
@@ -312,8 +337,12 @@ def test_mistakes_in_a_recipe(puna, planted, words, told):
     assert told.lower() in err.lower().replace("\n", " ")
 
 
-def test_verbs_refuse_what_is_no_graph_run(puna):
+def test_verbs_refuse_what_they_are_not_for(puna, tmp_path):
     assert "holds no run" in puna("graph", "eval", "nowhere")[2]
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "recipe.toml").write_text('task = "pretrain"\n')
+    assert "holds a run of task pretrain" in puna("graph", "neighbors", "r", "a")[2]
+    assert "puna check knows token shards" in puna("check", "graph-small")[2]
 
 
 @pytest.mark.slow
