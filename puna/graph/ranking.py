@@ -221,7 +221,7 @@ def _count(
         counts[i, 1] += same
         for at in range(starts[i], ends[i]):
             node = known[at]
-            if node % parts == part and node != true[i]:
+            if node % parts == part:
                 counts[i, 2] += 1 if row[node // parts] > positive else 0
                 counts[i, 3] += 1 if row[node // parts] == positive else 0
 
