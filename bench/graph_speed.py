@@ -3,8 +3,8 @@
     python bench/graph_speed.py --json
 
 complex: ComplEx of 400 numbers, softmax, 1,000 uniform and 50 same-batch negatives a side, batches of 1,000 edges that
-share a draw. complex_unshared: the same with a draw for every chunk of 50 edges, as PyTorch-BigGraph does. transe: a
-translation of 100 numbers under cosine and ranking loss, 50 + 50 negatives. The graph has FB15k's sizes (14,951 nodes,
+share a draw. transe: a translation of 100 numbers under cosine and ranking loss, 50 + 50 negatives, four chunks to a
+draw. NAME_unshared: the same with a draw for every chunk of 50 edges, as PyTorch-BigGraph does. The graph has FB15k's sizes (14,951 nodes,
 1,345 relations) and random edges. As many worker threads as cores; rounds of the shapes and of torch's own matrix
 product (its rate is what `gflops` is held against) are alternated. cpu_edges_per_s: edges per second of processor time
 a core, times the cores: what the rate would be if nothing else ran.
@@ -32,15 +32,18 @@ from puna.graph.worker import Part, Rates, Worker
 
 NUM_NODES, NUM_RELATIONS = 14_951, 1_345
 COMPLEX = {"dim": 400, "n3": 1e-3, "num_uniform_negs": 1000, "num_batch_negs": 50, "batch_edges": 1000}
+TRANSE = {"dim": 100, "operator": "translation", "comparator": "cos", "loss": "ranking", "margin": 0.1} | {
+    "num_uniform_negs": 50,
+    "num_batch_negs": 50,
+    "batch_edges": 1000,
+}
 SHAPES = {
     "complex": GraphConfig(**COMPLEX, share_negs=0),
     "complex_unshared": GraphConfig(**COMPLEX, share_negs=1),
-    "transe": GraphConfig(
-        dim=100, operator="translation", comparator="cos", loss="ranking", margin=0.1, num_uniform_negs=50,
-        num_batch_negs=50, batch_edges=1000,
-    ),
-}  # fmt: skip
-NUM_BATCHES = {"complex": 60, "complex_unshared": 40, "transe": 600}
+    "transe": GraphConfig(**TRANSE, share_negs=4),
+    "transe_unshared": GraphConfig(**TRANSE, share_negs=1),
+}
+NUM_BATCHES = {"complex": 60, "complex_unshared": 40, "transe": 600, "transe_unshared": 600}
 
 
 class Side:
