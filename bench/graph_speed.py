@@ -4,10 +4,10 @@
 
 complex: ComplEx of 400 numbers, softmax, 1,000 uniform and 50 same-batch negatives a side, batches of 1,000 edges that
 share a draw. transe: a translation of 100 numbers under cosine and ranking loss, 50 + 50 negatives, four chunks to a
-draw. NAME_unshared: the same with a draw for every chunk of 50 edges, as PyTorch-BigGraph does. The graph has FB15k's sizes (14,951 nodes,
-1,345 relations) and random edges. As many worker threads as cores; rounds of the shapes and of torch's own matrix
-product (its rate is what `gflops` is held against) are alternated. cpu_edges_per_s: edges per second of processor time
-a core, times the cores: what the rate would be if nothing else ran.
+draw. NAME_unshared: the same with a draw for every chunk of 50 edges, as PyTorch-BigGraph does. The graph has FB15k's
+sizes (14,951 nodes, 1,345 relations) and random edges. As many worker threads as cores; rounds of the shapes and of
+torch's own matrix product (its rate is what `gflops` is held against) are alternated. cpu_edges_per_s: edges per second
+of processor time a core, times the cores: what the rate would be if nothing else ran.
 """
 
 import argparse
