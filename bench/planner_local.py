@@ -4,8 +4,9 @@
 
 `puna doctor` measures the machine first; token shards are made of this package's own source. Of each recipe the plan is
 made, then `puna train` runs it in a fresh process for `--steps` steps. Measured are the median step after the first
-four, and by how much the largest rank's resident memory has grown since the trainer was imported. A run whose steps
-spread widely (quartiles further apart than a fifth of the median) is repeated up to twice; the steadiest one counts.
+four, and by how much the largest rank's resident memory has grown since the trainer was imported. A disturbed run
+(quartiles of its steps further apart than a fifth of the median, or others kept more than 0.15 cores busy) is repeated
+up to twice; the least disturbed one counts, whatever its error. What others did while the doctor measured is told too.
 Each result is a file in the folder, so that the same command goes on where it was stopped; a new folder measures anew.
 The shapes on which the model was developed are others.
 """
@@ -26,7 +27,7 @@ from puna.recipe import Recipe, load
 from puna.train import hardware
 
 WARM_UP = 4
-WIDE, MAX_REPEATS = 0.2, 2
+WIDE, BUSY, MAX_REPEATS = 0.2, 0.15, 2
 SHAPE = ("num_layers", "dim", "ffn_dim", "num_heads", "num_kv_heads", "vocab_size")
 WORK = ("seq_len", "micro_batch", "sequences", "recompute", "optimizer", "processes", "reshard")
 RECIPES: dict[str, tuple[Any, ...]] = {
@@ -40,23 +41,25 @@ RECIPES: dict[str, tuple[Any, ...]] = {
     "muon": (3, 448, 1216, 7, 7, 6144, 256, 4, 8, "none", "muon", 1, True),
     "base-2": (5, 256, 704, 4, 2, 8192, 256, 4, 16, "none", "adamw", 2, True),
     "wide-2": (3, 576, 1536, 9, 3, 4096, 256, 2, 8, "none", "adamw", 2, False),
-    "deep-2": (12, 192, 512, 3, 3, 2048, 512, 2, 4, "full", "adamw", 2, True),
+    "deep-2": (12, 192, 512, 3, 3, 6144, 512, 4, 8, "full", "adamw", 2, True),
     "muon-2": (4, 320, 896, 5, 1, 6144, 128, 8, 32, "none", "muon", 2, False),
 }
 
 
-def puna(*words: str) -> None:
-    """One command of Puna in a process of its own."""
+def puna(*words: str) -> float:
+    """One command of Puna in a process of its own; the cores that other programs kept busy meanwhile."""
+    before, began = _busy(), time.monotonic()
     done = subprocess.run([sys.executable, "-m", "puna.cli", *words], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"puna {' '.join(words)}: {done.stderr}")
+    return round((_busy() - before) / (time.monotonic() - began), 2)
 
 
 def once(file: Path, *words: str) -> None:
     """A command whose result is `file`, unless it is there."""
     if not file.exists():
-        print(f"puna {words[0]} {words[1]}", file=sys.stderr)
-        puna(*words)
+        others = puna(*words)
+        print(f"puna {words[0]} {words[1]}: others kept {others} cores busy", file=sys.stderr)
 
 
 def prepare(folder: Path) -> hardware.Hardware:
@@ -112,9 +115,7 @@ def trained(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
     """One run: seconds of its steps, the most memory of a rank, and the cores that others kept busy meanwhile."""
     run = folder / "runs" / name
     subprocess.run(["rm", "-rf", str(run)], check=True)
-    before, began = _busy(), time.monotonic()
-    puna("train", "tiny", *settings(name, folder, num_steps))
-    elapsed, others = time.monotonic() - began, _busy() - before
+    others = puna("train", "tiny", *settings(name, folder, num_steps))
     records = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [record for record in records if record["event"] == "step"]
     seconds = [step["step_s"] for step in steps[WARM_UP:]]
@@ -124,7 +125,8 @@ def trained(name: str, folder: Path, num_steps: int) -> dict[str, Any]:
         "measured_s": middle,
         "spread": (high - low) / middle,
         "peak_bytes": max(step["peak_memory_bytes"] for step in steps),
-        "others_cores": round(others / elapsed, 2),
+        "others_cores": others,
+        "disturbance": max((high - low) / middle / WIDE, others / BUSY),
     }
 
 
@@ -150,9 +152,9 @@ def one(name: str, folder: Path, machine: hardware.Hardware, num_steps: int) -> 
         return dict(json.loads(file.read_text(encoding="utf-8")))
     plan = planned(load("tiny", settings(name, folder, num_steps)).recipe, machine)
     runs = [trained(name, folder, num_steps)]
-    while runs[-1]["spread"] > WIDE and len(runs) <= MAX_REPEATS:
+    while runs[-1]["disturbance"] > 1 and len(runs) <= MAX_REPEATS:
         runs.append(trained(name, folder, num_steps))
-    best = min(runs, key=lambda run: run["spread"])
+    best = min(runs, key=lambda run: run["disturbance"])
     growth = max(run["peak_bytes"] for run in runs) - imported_bytes()
     result = {
         "predicted_s": plan["seconds"], "measured_s": best["measured_s"],

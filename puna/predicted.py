@@ -55,7 +55,7 @@ def available(device: torch.device, num_ranks: int) -> int:
     """Bytes of memory a rank: the device's; on a CPU what this job may hold, shared by the processes."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return limit_bytes() // num_ranks
+    return limit_bytes(num_ranks)
 
 
 # --- before ---------------------------------------------------------------------------------------------------------

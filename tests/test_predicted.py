@@ -162,12 +162,15 @@ def test_every_remedy_fits_and_may_be_changed_in_a_run_that_resumes(monkeypatch:
 
 
 def test_what_this_job_may_hold_is_less_under_a_limit() -> None:
-    before = resource.getrlimit(resource.RLIMIT_AS)
+    before, unlimited = resource.getrlimit(resource.RLIMIT_AS), limit_bytes()
     assert 0 < limit_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert limit_bytes(4) == limit_bytes() // 4
     below = min(limit_bytes() - 1, 1 << 40)
     resource.setrlimit(resource.RLIMIT_AS, (below, before[1]))
     try:
         assert limit_bytes() == below
+        assert limit_bytes(2) == min(below, unlimited // 2)
+        assert limit_bytes(10**9) < 1000  # a share of the machine's, which is less
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
 

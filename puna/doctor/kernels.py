@@ -324,12 +324,13 @@ def _adamw(size: int, mesh: DeviceMesh | None) -> float:
         fully_shard(module, mesh=mesh)
     parameters = list(module.parameters())
     optimizer = adamw(parameters, TrainConfig())
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
+    grads = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
 
     def run() -> Callable[[], object]:
-        torch.stack(torch._foreach_norm([local(p.grad) for p in parameters])).double().square().sum()
-        torch._foreach_mul_([local(p.grad) for p in parameters], 0.5)
+        torch.stack(torch._foreach_norm([local(grad) for grad in grads])).double().square().sum()
+        torch._foreach_mul_([local(grad) for grad in grads], 0.5)
         optimizer.step()
         return _nothing
 

@@ -16,6 +16,8 @@ FILE = Path(__file__).parent / "constants.json"
 Z80 = 1.2816
 MIXTURE_SPREAD = 0.371
 """Spread of log errors on mixtures, none of which any fit saw: the 80th percentile over 87 published rows, over Z80."""
+FROZEN_SPREAD = 0.159
+"""The same of frozen decoders, over 54 published rows of adapters."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Fitted:
         middle = estimate(c, self.constants)["seconds"]
         drawn = [np.log(estimate(c, draw)["seconds"] / middle) for draw in self.draws]
         own = np.mean(np.square(drawn), axis=0) if drawn else np.zeros_like(middle)
-        spread = np.where(c.E > 0, max(self.spread, MIXTURE_SPREAD), self.spread)
+        unseen = np.select([c.E > 0, c.frozen > 0], [MIXTURE_SPREAD, FROZEN_SPREAD], 0.0)
+        spread = np.maximum(self.spread, unseen)
         half = Z80 * np.sqrt(spread**2 + own)
         return middle, middle * np.exp(-half), middle * np.exp(half)
 

@@ -19,6 +19,9 @@ LAUNCH = 4e-6
 """Seconds of a kernel beyond its work."""
 HANDOVER = 2e-5
 """Seconds of passing activations to the next stage, beyond their bytes."""
+STOPS_EARLY = np.array([True, True, False, True, False])
+"""By stack: recomputation leaves out a block's last product, whose result backward does not need. PyTorch's checkpoints
+stop before it, XLA drops it as dead code; Megatron does all of the block again."""
 WORST = 0.2
 """Least share of its rate that a matrix product keeps, whatever its sizes."""
 SCHEDULE_FILL = np.array([1.0, 0.45, 0.05])
@@ -86,7 +89,7 @@ def estimate(c: Columns, k: Constants) -> dict[str, Array]:
     parts["sharding"] = parts["sharding"] + b.gather + b.reduce
     parts["bubble"] = fill
     parts["pipeline"] = _pipeline(c, k, m)
-    parts["gradients"] = _gradients(c, k, layers, m, b.seconds)
+    parts["gradients"] = _gradients(c, k, layers, m, b)
     parts["optimizer"] = _optimizer(c, k, layers)
     alone = ("pipeline", "gradients", "optimizer")
     total = m * slowest + fill + b.gather + b.reduce + sum(parts[name] for name in alone)
@@ -103,7 +106,8 @@ class _Block:
         core = np.where((c.rc == 1) & (c.stack > 1) & (c.flash == 0), f.attention, 0.0)
         attention_back = f.attention * np.where(c.flash > 0, 2.4, 1.7)
         forward = f.products + f.pointwise + f.attention
-        recompute = redo * forward + core
+        skipped = np.where(STOPS_EARLY[c.stack.astype(int)], f.last, 0.0)
+        recompute = redo * (forward - skipped) + core
         backward = f.products_back + 1.6 * f.pointwise + attention_back + recompute
         routed = f.tensor + f.exchange
         traffic, traffic_back = routed + f.context, routed * (1 + redo) + f.context * (2 + redo)
@@ -112,6 +116,7 @@ class _Block:
         busy_back = np.maximum(backward + traffic_back, f.host * (1.3 + redo))
         wait = _waits(busy, self.gather, c, k)
         wait += _waits(busy_back, np.where(c.zero >= 3, self.gather, 0.0) + self.reduce, c, k)
+        self.back = busy_back
         self.seconds = busy + busy_back + wait
         self.parts = {
             "products": f.products + f.products_back,
@@ -139,6 +144,7 @@ class _Forward:
         wide = [(c.h, (1 + c.gated) * width), (width, c.h)]
         forward, backward = self._products(tokens, shapes, low)
         dense, dense_back = self._products(tokens, wide, low)
+        self.last = np.where(c.f > 0, self.matmul(tokens, c.h, width, low), 0.0)
         routed, routed_back = self._experts(tokens, low)
         self.products = forward + np.where(c.f > 0, dense, 0.0) + routed
         self.products_back = backward + np.where(c.f > 0, dense_back, 0.0) + routed_back
@@ -320,9 +326,12 @@ def _pipeline(c: Columns, k: Constants, m: Array) -> Array:
     return np.where(c.pp > 1, 2 * time * (m * c.vp * exposed + c.pp - 1), 0.0)
 
 
-def _gradients(c: Columns, k: Constants, layers: Array, m: Array, block: Array) -> Array:
+def _gradients(c: Columns, k: Constants, layers: Array, m: Array, block: _Block) -> Array:
     """Reduction of gradients and gather of new parameters, once a step, where they are not sharded in the step.
 
+    The reduction hides behind the last backward and the gather behind the next forward. But PyTorch's sharded optimiser
+    (torch.distributed.optim.ZeroRedundancyOptimizer) gathers before the step ends: every rank broadcasts its part in
+    turn, so that the hops count once a rank, and nothing hides them.
     In a pipeline under zero2, gradients are scattered after every round of as many micro-batches as stages; those of
     the rounds before the last run beside compute.
     """
@@ -333,18 +342,21 @@ def _gradients(c: Columns, k: Constants, layers: Array, m: Array, block: Array) 
     net = c.net * k.network
     args = (ranks, inside, c.link * k.link, net, k.hop)
     every = collectives.reduce_all(c.reduce_bytes * local, *args)
-    scatter = collectives.gather(c.reduce_bytes * local, *args) + collectives.gather(2 * local, *args)
+    in_turn = (c.stack <= 1) & (c.zero == 1)
+    turns = np.where(in_turn, np.maximum(1.0, c.shard), 1.0)
     near = (c.shard, np.minimum(c.shard, inside), c.link * k.link, net, k.hop)
-    grouped = every + collectives.gather(2 * local, *near)
-    time = np.where(c.zero == 0, every, np.where(c.shard < ranks, grouped, scatter))
+    fetch = np.where(c.zero == 0, 0.0, turns * collectives.gather(2 * local / turns, *near))
+    scatter = collectives.gather(c.reduce_bytes * local, *args)
+    time = np.where((c.zero == 0) | (c.shard < ranks), every, scatter) + np.where(in_turn, 0.0, fetch)
+    beside = np.where(in_turn | (c.zero == 0), block.back, block.seconds)
     waves = np.where(c.vp > 1, np.minimum(m, c.pp) * (1 - 1 / c.vp) * 0.67, 0.0)
-    window = np.where(c.overlap > 0, np.maximum(0.8, waves) * layers * block, 0.0)
+    window = np.where(c.overlap > 0, np.maximum(0.8, waves) * layers * beside, 0.0)
     left = np.maximum(time - window, 0.1 * time * (c.overlap > 0))
     early = np.where((c.zero == 2) & (c.pp > 1), np.maximum(0.0, m / c.pp - 1), 0.0) * collectives.gather(
         c.reduce_bytes * local, *args
     )
     slowed = k.contention * (np.minimum(time, window) + early)
-    return np.where((local > 0) & (ranks > 1), left + slowed, 0.0)
+    return np.where((local > 0) & (ranks > 1), left + slowed + np.where(in_turn, fetch, 0.0), 0.0)
 
 
 def _optimizer(c: Columns, k: Constants, layers: Array) -> Array:

@@ -25,11 +25,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _REFUSED.search(str(error)) is not None
 
 
-def limit_bytes() -> int:
-    """Bytes that this job may hold: the machine's, or fewer where a control group or RLIMIT_AS says so (Linux)."""
-    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+def limit_bytes(num_processes: int = 1) -> int:
+    """Bytes that each of so many processes of this job may hold (Linux).
+
+    An equal share of the machine's memory, or of what a control group allows, and no more than RLIMIT_AS.
+    """
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min([machine, *_group_limits(), *([] if space == resource.RLIM_INFINITY else [space])])
+    share = min([machine, *_group_limits()]) // num_processes
+    space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return share if space == resource.RLIM_INFINITY else min(share, space)
 
 
 def _group_limits() -> Iterator[int]:

@@ -117,3 +117,35 @@ def test_impossible_sizes_are_refused(changes: dict[str, int], words: str) -> No
 def test_an_unknown_model_names_the_nearest() -> None:
     with pytest.raises(PlanError, match="Did you mean llama3-405b"):
         workload.find("llama3-450b")
+
+
+def test_a_sharded_optimiser_of_pytorch_broadcasts_in_turn_and_hides_none_of_it() -> None:
+    def gradients(ranks: int, **values: object) -> float:
+        layout = Layout(
+            global_batch=8 * ranks, dp=ranks, micro_batch=2, seq_len=2048, stack="pytorch-eager", reduce_bytes=2
+        )
+        cluster = hardware.cluster("a100-80", ranks)
+        case = Case(workload.find("llama2-7b"), cluster, replace(layout, **values))  # type: ignore[arg-type]
+        return float(estimate(columns([case]), load().constants)["gradients"][0])
+
+    few, many = gradients(64), gradients(1024)
+    assert many > 3 * few
+    assert gradients(1024, shard_group=8) < 1.1 * gradients(64, shard_group=8) < many / 3
+    assert gradients(1024, stack="megatron") < many / 3
+    assert gradients(64, stack="megatron") < 0.5 * few
+
+
+def test_recomputation_leaves_out_the_last_product_where_the_framework_does() -> None:
+    constants = replace(load().constants, megatron=1.0, compiled=1.0, jax=1.0)
+    layout = Layout(global_batch=32, dp=8, micro_batch=4, seq_len=2048, sharding="none", recompute="full")
+
+    def parts(stack: str) -> dict[str, np.ndarray]:
+        case = Case(workload.find("gpt-5b"), hardware.cluster("a100-80", 8), replace(layout, stack=stack))  # type: ignore[arg-type]
+        return estimate(columns([case]), constants)
+
+    whole = parts("megatron")
+    for stack in ("pytorch-compiled", "jax-xla"):
+        saved = whole["recompute"] - parts(stack)["recompute"]
+        # the second of two wide matrices is a third of a GPT block, its forward a third of its training
+        assert 0.08 < saved[0] / whole["products"][0] < 0.13
+    assert parts("oneflow")["recompute"][0] == pytest.approx(whole["recompute"][0])

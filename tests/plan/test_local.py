@@ -46,7 +46,7 @@ def kernels(num_processes: int = 1, num_threads: int = 2, host: float = 0.0, sha
     tables |= {"unit": line(3 * PASS), "unit_back": line(5 * PASS)}
     tables["fresh"] = line(7 * PASS)
     for name in ("lookup", "lookup_back"):
-        tables[name] = Table(axes=(SIZES, SIZES), seconds=[PASS * a for a in SIZES for _ in SIZES])
+        tables[name] = Table(axes=(SIZES, (64, 1 << 22)), seconds=[PASS * a for a in SIZES for _ in SIZES])
     timed = Kernels(
         num_processes=num_processes, num_threads=num_threads, tables=tables, code_bytes=300_000_000, runtime_bytes=10
     )
@@ -98,6 +98,12 @@ def test_rows_cut_the_stream_of_documents() -> None:
     found = segments(LocalJob(MODEL, TRAIN, MeshConfig(), document_lengths=lengths))
     assert [size for size, _ in found] == [32, 100, 112, 144, 156, 256]
     assert sum(size * count for size, count in found) == pytest.approx(512)
+
+
+def test_pointwise_work_is_counted_by_elements() -> None:
+    once = 2 * 128 + (128 + 64) + 256
+    assert parts()["pointwise"] == pytest.approx(3 * 1024 * PASS * (2 * once + (2 + 5) * 128))
+    assert parts()["embedding"] == pytest.approx(2 * 1024 * 128 * PASS)
 
 
 def test_recompute_does_forward_again() -> None:
@@ -173,6 +179,15 @@ def test_memory_is_the_exact_count_and_what_the_machine_adds() -> None:
     assert found["memory"]["runtime"] == 10
     assert found["growth_bytes"] == sum(found["memory"].values())
     assert found["low"] < found["seconds"] < found["high"]
+
+
+def test_memory_of_several_processes_counts_what_they_share() -> None:
+    told = local.memory(LocalJob(MODEL, TRAIN, MeshConfig(), 2))
+    assert told.exchanged > 0
+    sockets = local.memory(LocalJob(MODEL, TRAIN, MeshConfig(shared_memory=False), 2))
+    assert (sockets.exchanged, sockets.gradients) == (0, told.gradients)
+    many = TRAIN.model_copy(update={"batch_tokens": 2048})
+    assert local.memory(LocalJob(MODEL, many, MeshConfig(), 2)).gradients > told.gradients
 
 
 # --- of a recipe ----------------------------------------------------------------------------------------------------
