@@ -23,8 +23,8 @@ ONLY_RELATION = "edge"
 
 
 def import_graph(
-    splits: Mapping[str, Path],
-    out: Path,
+    splits: Mapping[str, Path | str],
+    out: Path | str,
     columns: Sequence[str] = ("head", "relation", "tail"),
     delimiter: str | None = None,
     header: bool = False,
@@ -36,6 +36,7 @@ def import_graph(
     finite number, no edge, `out` holds a graph already.
     """
     _require_columns(columns)
+    out = Path(out)
     if (out / MANIFEST).exists():
         raise DataError(f"{out} holds a graph already", "Name another folder with --out, or remove that one.")
     out.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,7 @@ def import_graph(
         if "relation" not in columns:
             relations.numbers(_constant(ONLY_RELATION))
         for split, path in splits.items():
-            counts[split], written = _write_split(split, path, out, columns, delimiter, header, nodes, relations)
+            counts[split], written = _write_split(split, Path(path), out, columns, delimiter, header, nodes, relations)
             files |= written
         _sync([node_file, relation_file])
     if not counts["train"]:

@@ -268,6 +268,16 @@ def test_the_verbs_from_files_to_neighbours(puna, planted, tmp_path):
     assert "graph.dim is 8 there, 16 here" in err
 
 
+def test_from_python_in_five_lines(planted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from puna import recipe, run
+    from puna.graph.importing import import_graph
+
+    import_graph({"train": str(planted.folder.parent / "train.tsv")}, "graph")
+    told = run.train(recipe.load("graph-small", ["--data.path", "graph", "--run.dir", "runs/graph", *FLAGS]))
+    assert (told["tokens"], told["heldout_loss"]) == (2400, None)
+
+
 @pytest.mark.parametrize("form", ["tsv", "npy", "parquet"])
 def test_exported_tables_are_the_models(planted, tmp_path, form):
     from puna.graph.trained import export, load
