@@ -65,7 +65,8 @@ def test_what_it_says(tiny, shards):
     }  # fmt: skip
     assert (second["from_token"], second["num_steps"], second["num_micro_batches"]) == (10_240, 5, 4)
     uses = [
-        "parameters", "gradients", "optimizer", "average", "gathered", "exchanged", "activations", "logits", "update",
+        "parameters", "gradients", "optimizer", "average", "gathered", "exchanged", "activations", "logits", "backward",
+        "update",
     ]  # fmt: skip
     assert list(found["memory"]) == [*uses, "total", "available", "fits"]
     assert found["memory"]["total"] == sum(found["memory"][use] for use in uses)

@@ -30,8 +30,8 @@ NEWTON_SCHULZ_STEPS = 5
 MAX_SEGMENTS = 512
 MAPPED_BYTES = 32 << 20
 """Above which glibc maps every array anew and gives it back when it is freed (DEFAULT_MMAP_THRESHOLD_MAX)."""
-SPREAD = 0.12
-"""Of the logarithm of errors on runs of other shapes than the benchmark's; see docs/plan.md."""
+SPREAD = 0.08
+"""Root mean square of the logarithm of errors on nine recipes of development; see docs/plan.md."""
 
 
 @dataclass(frozen=True)

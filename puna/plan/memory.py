@@ -24,6 +24,7 @@ class Memory:
     exchanged: int
     activations: int
     logits: int
+    backward: int
     update: int
 
     @property
@@ -52,9 +53,12 @@ def estimate_memory(
     root and the two largest neighbouring blocks, or everything without resharding; and gradients that are not reduced
     yet: those of the root and one block, or with accumulation 4 N. Activations: `puna.plan.llama.kept_bytes` in the
     compute dtype; with recompute, a block's input (full) and its matrix products (selective), and one whole block.
-    Logits: the loss's chunk. accumulates: whether a step has several micro-batches. shares_memory: whether collectives
-    go through shared memory, of which a rank touches its own slabs and its part of the others'. Update: Muon's
-    orthogonal matrices. Allocator slack and the code itself are not in it.
+    Logits: the loss's chunk. Backward: gradients inside a block's feed-forward, and with accumulation the newest
+    gradient of a table before it is added. Update: Muon's orthogonal matrices. Allocator slack and the code itself are
+    not in it.
+
+    accumulates: whether a step has several micro-batches. shares_memory: whether collectives go through shared memory,
+    of which a rank touches its own slabs and its part of the others'.
     """
     all_units = units(model, "root")
     whole = sum(unit.elements(shard) for unit in all_units)
@@ -71,6 +75,7 @@ def estimate_memory(
         exchanged=_slabs(root, block, shard) if shares_memory else 0,
         activations=_activations(model, train, compute_bytes),
         logits=_logits(model, train, compute_bytes),
+        backward=_backward(model, train, accumulates, compute_bytes),
         update=_update(model, train, shard),
     )
 
@@ -118,6 +123,12 @@ def _logits(model: LlamaConfig, train: TrainConfig, compute_bytes: int) -> int:
     """One chunk in float32, and in the compute dtype twice more where that is another."""
     rows = min(train.micro_batch * train.seq_len, chunk_rows(model.vocab_size))
     return rows * model.vocab_size * (4 if compute_bytes == 4 else 4 + 2 * compute_bytes)
+
+
+def _backward(model: LlamaConfig, train: TrainConfig, accumulates: bool, compute_bytes: int) -> int:
+    """Gradients of gate, of up and of their product; and of a table."""
+    inner = 3 * train.micro_batch * train.seq_len * model.ffn_dim * compute_bytes
+    return inner + (MASTER_BYTES * model.vocab_size * model.dim if accumulates else 0)
 
 
 def chunk_rows(vocab_size: int) -> int:

@@ -29,7 +29,8 @@ def test_one_process_in_float32():
     assert (found.average, found.gathered) == (0, 0)
     assert found.activations == kept_bytes(MODEL, 2, 128)
     assert found.logits == 2 * 128 * 512 * 4
-    assert found.total == 16 * ALL + found.activations + found.logits
+    assert found.backward == 4 * 3 * 2 * 128 * 128
+    assert found.total == 16 * ALL + found.activations + found.logits + found.backward
 
 
 def test_states_are_shared_and_gathered():
@@ -41,6 +42,10 @@ def test_states_are_shared_and_gathered():
     assert estimate(num_ranks=4, shard=4, reshard=False).gathered == 4 * ALL
     assert estimate(num_ranks=4, shard=4, accumulates=True).gradients == 4 * own + 4 * ALL
     assert estimate(num_ranks=4, shard=4, compute_bytes=2).gathered == found.gathered // 2
+
+
+def test_accumulation_holds_a_tables_newest_gradient():
+    assert estimate(accumulates=True).backward - estimate().backward == 4 * 512 * 64
 
 
 def test_averaged_weights():
