@@ -12,6 +12,7 @@ import click
 
 from puna import __version__
 from puna.errors import PunaError
+from puna.graph_verbs import graph
 from puna.health_verbs import health
 from puna.plan_verbs import plan
 from puna.recipe_verbs import recipe
@@ -24,6 +25,7 @@ EXTRAS = {
     "demo": ("transformers", "openai"),
     "ray": ("ray",),
     "plot": ("matplotlib",),
+    "graph": ("numba",),
 }
 
 
@@ -611,6 +613,7 @@ def lab_adam(
 
 
 puna.add_command(health)
+puna.add_command(graph)
 puna.add_command(plan)
 puna.add_command(recipe)
 

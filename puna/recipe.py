@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 from puna import __version__
 from puna.console import err
 from puna.errors import RecipeError
+from puna.graph.config import GraphConfig
 from puna.llama.config import DataConfig, LlamaConfig
 from puna.train.config import LoopConfig, MeshConfig, ScheduleConfig, TrainConfig, setting
 
@@ -81,16 +82,47 @@ STARTER = (
 )
 """What a user changes, by section: the keys of `puna recipe init`."""
 
+GRAPH_STARTER = (
+    "run.dir",
+    "run.seed",
+    "run.num_threads",
+    "data.path",
+    "graph.dim",
+    "graph.operator",
+    "graph.comparator",
+    "graph.loss",
+    "graph.n3",
+    "graph.epochs",
+    "graph.batch_edges",
+    "graph.num_batch_negs",
+    "graph.num_uniform_negs",
+    "graph.lr",
+    "graph.num_partitions",
+    "graph.patience",
+    "schedule.decay",
+    "schedule.final_ratio",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.every",
+    "eval.tokens",
+)
+"""The same for a recipe that trains a graph."""
+
 
 class Recipe(LoopConfig):
     """Everything one run depends on."""
 
-    task: Literal["pretrain"] = setting("pretrain", "what is trained; pretrain: next-token prediction on token shards")
+    task: Literal["pretrain", "graph"] = setting(
+        "pretrain",
+        "what is trained; pretrain: next-token prediction on token shards, by the sections model and train; graph: "
+        "embeddings of a graph's nodes, by the section graph",
+    )
     model: LlamaConfig = LlamaConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     mesh: MeshConfig = MeshConfig()
+    graph: GraphConfig = GraphConfig()
 
     @model_validator(mode="after")
     def _heads_fill_the_stream(self) -> "Recipe":
@@ -615,16 +647,17 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 def starter(name: str, run: str) -> str:
     """A recipe to edit, as TOML: the shipped recipe `name` with the run directory `run`.
 
-    It holds what users change (`STARTER`) with the recipe's own values, each below its meaning, unit and limits; the
-    rest comes by `extends`. Raises RecipeError where no such recipe ships.
+    It holds what users change (`STARTER`, `GRAPH_STARTER`) with the recipe's own values, each below its meaning, unit
+    and limits; the rest comes by `extends`. Raises RecipeError where no such recipe ships.
     """
     if name not in names():
         raise RecipeError(f"no recipe named {name!r} ships", f"Begin from one of {', '.join(names())}.")
-    values = flat(load(name).recipe) | {"run.dir": run}
+    recipe = load(name).recipe
+    values = flat(recipe) | {"run.dir": run}
     lines = [f"# Begun from the recipe {name}. What is not here is as there; `puna recipe show FILE` prints all of it."]
     lines += [f'extends = "{name}"']
     section = ""
-    for key in STARTER:
+    for key in GRAPH_STARTER if recipe.task == "graph" else STARTER:
         group, _, short = key.rpartition(".")
         if group != section:
             section = group
@@ -649,9 +682,10 @@ def write_starter(name: str, out: Path) -> None:
     write_atomic(out, text.encode())
 
 
-def catalogue() -> dict[str, int]:
-    """The recipes that ship and the exact parameter counts of their models."""
-    return {name: load(name).recipe.model.num_parameters for name in names()}
+def catalogue() -> dict[str, int | None]:
+    """The recipes that ship and the exact parameter counts of their models; None where the data decides."""
+    recipes = {name: load(name).recipe for name in names()}
+    return {name: None if found.task == "graph" else found.model.num_parameters for name, found in recipes.items()}
 
 
 def dump_toml(recipe: Recipe) -> str:

@@ -28,7 +28,8 @@ def recipe_list(as_json: bool) -> None:
     from puna.recipe import catalogue
 
     counts = catalogue()
-    print_figures(counts if as_json else {name: f"{count:>15,} parameters" for name, count in counts.items()}, as_json)
+    told = {name: f"{count:>15,} parameters" if count else f"{'graph':>15}" for name, count in counts.items()}
+    print_figures(counts if as_json else told, as_json)
 
 
 @recipe.command("show", context_settings=RECIPE_ARGUMENTS)

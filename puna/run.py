@@ -15,7 +15,7 @@ import torch
 
 import puna
 from puna import recipe as recipes
-from puna.check import WEIGHTS_DTYPE, inspect, refuse_other_mesh
+from puna.check import WEIGHTS_DTYPE, count_ranks, inspect, refuse_other_mesh
 from puna.console import err
 from puna.errors import CheckpointError, DeviceError, RecipeError
 from puna.llama import hub
@@ -54,12 +54,16 @@ def train(loaded: Loaded) -> dict[str, Any]:
     """Train by a recipe, on as many local processes as it asks for; resumes where its directory stands.
 
     Under torchrun every rank calls it, and only rank 0 has something to return; the others get an empty dict.
-    Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None).
+    Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None),
+    and of a graph heldout_mrr; its tokens are edges, its steps buckets.
     Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed, Hung, RanksDiffer,
     OutOfMemory.
     """
     config = loaded.recipe.run
     run = Path(config.dir)
+    if loaded.recipe.task == "graph":
+        train_graph(loaded, run)
+        return outcome(run)
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0:
         refuse_other_mesh(loaded.recipe)
@@ -84,13 +88,46 @@ def prepare(loaded: Loaded, run: Path) -> None:
         refuse_other_run(loaded, run)
         if num_there:
             refuse_other_tokenizer(run, found.tokenizer)
-        write_atomic(run / "recipe.toml", loaded.text.encode())
-        write_atomic(run / "recipe.json", recipes.to_json(loaded).encode())
+        write_recipe(loaded, run)
         write_atomic(run / "model.json", recipe.model.model_dump_json(indent=1).encode())
-        write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
         shutil.copytree(found.sources[0].tokenizer_dir, run / "tokenizer", dirs_exist_ok=True)
         write_atomic(run / "tokenizer" / TEMPLATE_FILE, chat_template(found.tokenizer.chat_format).encode())
         write_identity(run, found.tokenizer, WEIGHTS_DTYPE)
+
+
+def train_graph(loaded: Loaded, run: Path) -> None:
+    """Train a graph, in this process. Raises DataError (no graph) and RecipeError (more than one process)."""
+    from puna.graph.graph import Graph
+    from puna.graph.task import GraphTask
+
+    recipe, graph = loaded.recipe, Graph.open(loaded.recipe.data.path)
+    if count_ranks(recipe) != 1:
+        raise RecipeError(
+            f"run.num_processes is {count_ranks(recipe)}, but a graph is trained by the threads of one process",
+            "Set run.num_processes to 1 and run.num_threads to the workers wanted (0: one a core).",
+        )
+    with hold_lock(run):
+        refuse_other_run(loaded, run)
+        write_recipe(loaded, run)
+    with open_mesh(recipe.run, recipe.mesh) as place, watch(run, recipe.run):
+        task = GraphTask(
+            recipe.graph,
+            recipe.schedule,
+            graph,
+            run,
+            seed=recipe.run.seed,
+            num_threads=recipe.run.num_threads,
+            eval_edges=recipe.eval.tokens,
+        )
+        facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
+        Run(task, run, recipe, facts=facts).go()
+
+
+def write_recipe(loaded: Loaded, run: Path) -> None:
+    """What a run directory keeps of what it was made by."""
+    write_atomic(run / "recipe.toml", loaded.text.encode())
+    write_atomic(run / "recipe.json", recipes.to_json(loaded).encode())
+    write_atomic(run / "versions.json", json.dumps(versions(), indent=1).encode())
 
 
 def refuse_other_run(loaded: Loaded, run: Path) -> None:
@@ -160,6 +197,7 @@ def outcome(run: Path) -> dict[str, Any]:
         raise CheckpointError(f"{run} has no record of a step", "Train with `puna train RECIPE --run.dir DIR`.")
     last = steps[max(steps)]
     heldout = [event["loss"] for event in events if event["event"] == "eval" and "loss" in event]
+    ranked = [event["mrr"] for event in events if event["event"] == "eval" and "mrr" in event]
     resumes = [event["step"] for event in events if event["event"] == "resume"]
     return {
         "run": str(run),
@@ -167,6 +205,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "tokens": last["tokens"],
         "loss": last["loss"],
         "heldout_loss": heldout[-1] if heldout else None,
+        **({"heldout_mrr": ranked[-1]} if ranked else {}),
         "tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps.values()),
         "resumed_from": resumes[-1] if resumes else None,
     }

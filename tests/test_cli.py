@@ -92,7 +92,7 @@ def test_version(puna):
 
 def test_verbs():
     assert {path[0] for path in ALL[1:]} == {
-        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "health", "lab", "launch", "parity",
+        "check", "corpus", "demo", "doctor", "eval", "export", "generate", "graph", "health", "lab", "launch", "parity",
         "plan", "recipe", "report", "resume", "serve", "train", "verify"
     }  # fmt: skip
 
@@ -178,7 +178,10 @@ def test_serve_passes_address_and_name(puna, monkeypatch):
 
 def test_recipe_list(puna):
     assert json.loads(puna("recipe", "list", "--json").out)["llama3-8b"] == 8_030_261_248
-    assert "llama3.1-405b  405,853,388,800 parameters\n" in puna("recipe", "list").out
+    listed = [line.split(maxsplit=1) for line in puna("recipe", "list").out.splitlines()]
+    assert ["llama3.1-405b", "405,853,388,800 parameters"] in listed
+    assert ["wn18rr", "graph"] in listed
+    assert json.loads(puna("recipe", "list", "--json").out)["wn18rr"] is None
 
 
 def test_recipe_show_names_the_layer(puna):

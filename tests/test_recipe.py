@@ -25,6 +25,10 @@ PUBLISHED = {  # exact counts: 2 V d (or V d where tied) + L (2 d H h + 2 d K h 
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
 }
+GRAPHS = {"fb15k-complex", "fb15k-complex-best", "fb15k-transe", "fb15k-237", "wn18rr", "graph-small"} | {
+    "social",
+    "blogcatalog",
+}
 PEAK_LR = {"llama2-7b": 3e-4, "llama2-13b": 3e-4, "llama2-70b": 1.5e-4, "llama3-8b": 3e-4, "llama3-70b": 1.5e-4} | {
     "llama3-405b": 8e-5,
     "llama3.1-405b": 8e-5,
@@ -47,7 +51,7 @@ def refusal(*overrides: str, name: str | Path = "tiny") -> str:
 
 
 def test_every_published_size_ships():
-    assert set(recipe.names()) == {*PUBLISHED, "tiny", "demo"}
+    assert set(recipe.names()) == {*PUBLISHED, *GRAPHS, "tiny", "demo"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -254,7 +258,7 @@ def test_flag_before_the_recipe():
 
 def test_missing_file():
     words = refusal(name="nowhere/r.toml")
-    assert words.startswith("no recipe at nowhere/r.toml. Give the path of a TOML file, or a name: demo, ")
+    assert words.startswith("no recipe at nowhere/r.toml. Give the path of a TOML file, or a name: blogcatalog, ")
 
 
 def test_file_that_is_not_toml(tmp_path):
@@ -459,7 +463,7 @@ def test_a_starter_explains_each_key(tmp_path):
     assert "# peak learning rate (a number, more than 0)\nlr = 0.003\n" in text
     assert "# tokens in one sequence (tokens: a whole number, at least 2)\nseq_len = 128\n" in text
     assert max(map(len, text.splitlines())) <= 120
-    assert set(recipe.STARTER) <= set(recipe.keys())
+    assert {*recipe.STARTER, *recipe.GRAPH_STARTER} <= set(recipe.keys())
 
 
 def test_a_starter_does_not_overwrite(tmp_path):
@@ -471,7 +475,7 @@ def test_a_starter_does_not_overwrite(tmp_path):
 
 
 def test_a_starter_of_nothing_that_ships(tmp_path):
-    with pytest.raises(RecipeError, match=r"no recipe named 'lama' ships\. Begin from one of demo, llama2-13b"):
+    with pytest.raises(RecipeError, match=r"no recipe named 'lama' ships\. Begin from one of blogcatalog, demo"):
         recipe.write_starter("lama", tmp_path / "own.toml")
     with pytest.raises(RecipeError, match=r"own does not end in \.toml\. Name it .*own\.toml\."):
         recipe.write_starter("tiny", tmp_path / "own")

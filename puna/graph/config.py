@@ -1,0 +1,124 @@
+"""Settings of a graph run: the `graph` section of a recipe. Without torch, so that a planner can read them."""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from puna.train.config import Section, setting
+
+Operator = Literal["none", "translation", "diagonal", "linear", "affine", "complex_diagonal", "rotation"]
+Comparator = Literal["dot", "cos", "l2", "squared_l2"]
+Loss = Literal["ranking", "logistic", "softmax", "self_adversarial"]
+BucketOrder = Literal["random", "affinity", "outside_in", "inside_out"]
+
+PAIRED = ("complex_diagonal", "rotation")
+"""Operators that read a vector as real parts, then imaginary parts."""
+
+
+class GraphConfig(Section):
+    """A graph model and its training; rates follow `schedule`, of which tokens are edges."""
+
+    dim: int = setting(100, "numbers in the vector of a node", ge=1)
+    operator: Operator = setting(
+        "complex_diagonal",
+        "what a relation does to a node; diagonal with dot: DistMult; complex_diagonal with dot: ComplEx; linear with "
+        "dot: RESCAL; translation: TransE; rotation: RotatE",
+    )
+    comparator: Comparator = setting("dot", "score of two vectors; l2 and squared_l2 are minus a distance")
+    bias: bool = setting(
+        False, "the first number of a vector is added to its scores and kept out of the comparator and its norms"
+    )
+    reciprocal: bool = setting(
+        True,
+        "true: each relation has two operators, one for each side that is guessed, and a batch mixes relations "
+        "(PBG's dynamic relations); false: one operator, on the tail, and a batch is of one relation",
+    )
+    loss: Loss = setting("softmax", "of one true edge against its false ones; summed over edges and both sides")
+    margin: float = setting(0.1, "of the ranking and self_adversarial losses")
+    temperature: float = setting(1.0, "self_adversarial: how sharply hard negatives are preferred", ge=1e-3)
+    n3: float = setting(0.0, "weight of the cubed moduli of the vectors of an edge (N3); 0: none", ge=0)
+    init_scale: float = setting(1e-3, "deviation of fresh vectors", gt=0)
+    max_norm: float = setting(0.0, "longest vector; longer ones are shortened when read; 0: no limit", ge=0)
+
+    epochs: int = setting(10, "times that every edge is trained on", ge=1)
+    batch_edges: int = setting(1000, "edges of one update by one worker", "edges", ge=1)
+    num_batch_negs: int = setting(
+        50, "edges of a chunk: the other heads (tails) of its chunk are negatives of an edge; 0: none", "nodes", ge=0
+    )
+    num_uniform_negs: int = setting(50, "negatives drawn evenly from the partition, for each side", "nodes", ge=0)
+    num_prevalence_negs: int = setting(
+        0, "negatives drawn as often as nodes occur in edges, for each side", "nodes", ge=0
+    )
+    share_negs: int = setting(
+        1, "chunks that share a draw of uniform and prevalence negatives; 0: all of a batch", "chunks", ge=0
+    )
+    all_negs: bool = setting(False, "every node of the partition is a negative, in place of the other three")
+    lr: float = setting(0.1, "peak rate of row-wise Adagrad", gt=0)
+    relation_lr: float = setting(0.0, "peak rate of the relations' Adagrad; 0: as lr", ge=0)
+
+    num_partitions: int = setting(
+        1, "parts that the nodes of a type are cut into; 2 / num_partitions of the table are in memory at once", ge=1
+    )
+    bucket_order: BucketOrder = setting("inside_out", "in which buckets of edges follow each other in an epoch")
+    num_chunks: int = setting(1, "rounds over all buckets that make an epoch, each with its share of the edges", ge=1)
+    patience: int = setting(
+        0, "evaluations without a better held-out MRR after which the run ends; 0: it never does", ge=0
+    )
+
+    @model_validator(mode="after")
+    def _pairs(self) -> "GraphConfig":
+        if self.operator in PAIRED and self.dim % 2:
+            raise ValueError(
+                f"graph.dim is {self.dim}, but {self.operator} needs pairs of numbers; make graph.dim an even number"
+            )
+        if self.bias and self.dim < 2:
+            raise ValueError(
+                "graph.bias takes the first number of a vector, but graph.dim is 1; make graph.dim 2 or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _n3_has_a_meaning(self) -> "GraphConfig":
+        if self.n3 and self.operator in ("linear", "affine"):
+            raise ValueError(
+                f"graph.n3 is set, but {self.operator} has matrices; set graph.n3 to 0, or another operator"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chunks_fill_a_batch(self) -> "GraphConfig":
+        if self.all_negs:
+            return self
+        if self.num_batch_negs and self.batch_edges % self.num_batch_negs:
+            raise ValueError(
+                f"graph.batch_edges is {self.batch_edges}, no multiple of graph.num_batch_negs {self.num_batch_negs}; "
+                f"make it {-(-self.batch_edges // self.num_batch_negs) * self.num_batch_negs}"
+            )
+        if self.num_batch_negs < 2 and not self.num_uniform_negs + self.num_prevalence_negs:
+            raise ValueError(
+                "graph.num_batch_negs, graph.num_uniform_negs and graph.num_prevalence_negs leave no negative to learn "
+                "from; raise one of them, or set graph.all_negs"
+            )
+        return self
+
+    @property
+    def chunk_edges(self) -> int:
+        """Edges that are one another's negatives; without batch negatives the whole batch is one chunk."""
+        return self.num_batch_negs if self.num_batch_negs and not self.all_negs else self.batch_edges
+
+    @property
+    def group_edges(self) -> int:
+        """Edges that share a draw of negatives: whole chunks, at most a batch."""
+        chunks = self.batch_edges // self.chunk_edges
+        share = min(self.share_negs, chunks) or chunks
+        return self.chunk_edges * share
+
+    @property
+    def merges(self) -> bool:
+        """Whether a group is one chunk: its nodes then stand before the drawn ones, and one product does for both."""
+        return not self.all_negs and self.num_batch_negs > 0 and self.group_edges == self.chunk_edges
+
+    @property
+    def num_candidates(self) -> int:
+        """Nodes that every edge of a group is compared with, for each side: drawn ones, and a merged chunk's own."""
+        return self.num_uniform_negs + self.num_prevalence_negs + self.merges * self.num_batch_negs

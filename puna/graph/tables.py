@@ -1,0 +1,169 @@
+"""Tables of vectors under many workers without locks: fresh rows, gathering, row-wise Adagrad on scattered gradients.
+
+    sum += mean_d(g_d^2);  row -= rate * g / (sqrt(sum) + 1e-10)          (PBG sheet: one number of state a row)
+
+g is the whole gradient of a row in a batch: what several slots of the batch hold of one row is added up first. A worker
+divides by the sum that it wrote itself, so that under races it never divides by less than its own gradient.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from puna.graph.compiled import exact_kernel, kernel
+
+EPSILON = np.float32(1e-10)
+_ZERO, _ONE = np.float32(0), np.float32(1)
+_TO_UNIT = 2.0**-53
+
+
+@exact_kernel
+def mix(x: Any) -> Any:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64 bits that depend on all 64 bits of x."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@exact_kernel
+def draw(key: Any, bound: int, first: int, out: Any) -> None:
+    """Whole numbers below `bound`, evenly; the n-th is a function of (key, first + n)."""
+    for n in range(out.shape[0]):
+        bits = mix(key + np.uint64(first + n + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+        out[n] = np.int32((bits * np.uint64(bound)) >> np.uint64(32))
+
+
+@exact_kernel
+def draw_groups(key: Any, num_rows: int, near: Any, chunk: int, pool: Any, num_uniform: int, out: Any) -> None:
+    """For each group, a row of `out`: its `chunk` rows of near, `num_uniform` rows below num_rows, then rows that stand
+    anywhere in `pool`."""
+    width, uniform_end = out.shape[1], chunk + num_uniform
+    for g in range(out.shape[0]):
+        for n in range(chunk):
+            out[g, n] = near[g * chunk + n]
+        draw(key, num_rows, g * width, out[g, chunk:uniform_end])
+        draw(key, pool.shape[0], g * width + num_uniform, out[g, uniform_end:])
+        for n in range(uniform_end, width):
+            out[g, n] = pool[out[g, n]]
+
+
+@exact_kernel
+def fill_normal(key: Any, scale: float, first: int, step: int, out: Any) -> None:
+    """out[r] = normal numbers of node first + r * step, a function of (key, node), however nodes are cut up."""
+    dim = out.shape[1]
+    for r in range(out.shape[0]):
+        seed = mix(key ^ mix(np.uint64(first + r * step) + np.uint64(1)))
+        for k in range(0, dim, 2):
+            a = mix(seed + np.uint64(k + 1) * np.uint64(0x9E3779B97F4A7C15))
+            b = mix(seed + np.uint64(k + 2) * np.uint64(0x9E3779B97F4A7C15))
+            radius = math.sqrt(-2.0 * math.log((float(a >> np.uint64(11)) + 1.0) * _TO_UNIT))
+            angle = 2.0 * math.pi * float(b >> np.uint64(11)) * _TO_UNIT
+            out[r, k] = scale * radius * math.cos(angle)
+            if k + 1 < dim:
+                out[r, k + 1] = scale * radius * math.sin(angle)
+
+
+@kernel
+def gather(table: Any, rows: Any, max_norm: Any, out: Any) -> None:
+    """out[i] = table[rows[i]], zeros where that is -1; a row longer than max_norm (if above 0) is shortened first."""
+    dim = table.shape[1]
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row < 0:
+            for k in range(dim):
+                out[i, k] = _ZERO
+            continue
+        if max_norm > _ZERO:
+            square = _ZERO
+            for k in range(dim):
+                square += table[row, k] * table[row, k]
+            if square > max_norm * max_norm:
+                scale = max_norm / np.sqrt(square)
+                for k in range(dim):
+                    table[row, k] *= scale
+        for k in range(dim):
+            out[i, k] = table[row, k]
+
+
+@kernel
+def scatter(
+    table: Any, sums: Any, rows: Any, grads: Any, rate: Any, first: Any, following: Any, unique: Any, total: Any
+) -> int:
+    """One row-wise Adagrad step of every row that `rows` names (-1: none), on the sum of its slots' gradients.
+
+    first: a number a table row, all -1 before and after; following, unique: room for len(rows); total: for one row.
+    Returns how many rows had a gradient that is not finite; they are as they were.
+    """
+    count, bad = 0, 0
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row < 0:
+            continue
+        if first[row] < 0:
+            unique[count] = row
+            count += 1
+        following[i] = first[row]
+        first[row] = i
+    dim = table.shape[1]
+    for u in range(count):
+        row = unique[u]
+        slot = first[row]
+        first[row] = -1
+        gradient = grads[slot]
+        if following[slot] >= 0:
+            for k in range(dim):
+                total[k] = gradient[k]
+            slot = following[slot]
+            while slot >= 0:
+                other = grads[slot]
+                for k in range(dim):
+                    total[k] += other[k]
+                slot = following[slot]
+            gradient = total
+        square = _ZERO
+        for k in range(dim):
+            square += gradient[k] * gradient[k]
+        if not np.isfinite(square):
+            bad += 1
+            continue
+        sum_now = sums[row] + square / np.float32(dim)
+        sums[row] = sum_now
+        scale = rate / (np.sqrt(sum_now) + EPSILON)
+        for k in range(dim):
+            table[row, k] -= scale * gradient[k]
+    return bad
+
+
+@kernel
+def adagrad(table: Any, sums: Any, rows: Any, grads: Any, rate: Any) -> int:
+    """Element-wise Adagrad of whole rows, for relations; grads[i] is the gradient of row rows[i], each named once.
+
+    Returns how many rows had a gradient that is not finite; they are as they were.
+    """
+    bad = 0
+    for i in range(rows.shape[0]):
+        p, s, g = table[rows[i]], sums[rows[i]], grads[i]
+        square = _ZERO
+        for k in range(g.shape[0]):
+            square += g[k] * g[k]
+        if not np.isfinite(square):
+            bad += 1
+            continue
+        for k in range(g.shape[0]):
+            sum_now = s[k] + g[k] * g[k]
+            s[k] = sum_now
+            p[k] -= rate * g[k] / (np.sqrt(sum_now) + EPSILON)
+    return bad
+
+
+@exact_kernel
+def number(values: Any, slots: Any, unique: Any) -> int:
+    """Give each distinct value its place in `unique` through `slots` (all -1 before); how many there are."""
+    count = 0
+    for i in range(values.shape[0]):
+        if slots[values[i]] < 0:
+            slots[values[i]] = count
+            unique[count] = values[i]
+            count += 1
+    return count

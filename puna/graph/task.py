@@ -1,0 +1,225 @@
+"""Training graph embeddings under the one loop: a unit is one bucket of edges in one round of an epoch."""
+
+import itertools
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from puna.errors import NonFinite
+from puna.graph import operators
+from puna.graph.buckets import Bucket, Buckets, num_swaps, order_buckets
+from puna.graph.config import GraphConfig
+from puna.graph.graph import Edges, Graph
+from puna.graph.partitions import HELD, Table, memory_bytes
+from puna.graph.ranking import Scorer, rank
+from puna.graph.worker import Part, Rates, Relations, Worker
+from puna.train.config import ScheduleConfig, TrainConfig
+from puna.train.schedule import Schedule
+from puna.train.task import Cursor, Json, Rows, State, StepReport, Task, Tensors
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A share of one bucket's edges."""
+
+    index: int
+    epoch: int
+    chunk: int
+    bucket: Bucket
+    tokens: int  # edges trained before it
+
+
+def key_of(*parts: Any) -> int:
+    """64 bits that are a function of the parts."""
+    return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
+
+
+def num_workers(num_threads: int) -> int:
+    """Workers of a run; 0 threads: one a core."""
+    return num_threads or len(os.sched_getaffinity(0))
+
+
+class GraphTask(Task):
+    """Embeds a graph's nodes. Resume is exact with one worker; with several, races make runs differ as noise does."""
+
+    def __init__(
+        self,
+        config: GraphConfig,
+        schedule: ScheduleConfig,
+        graph: Graph,
+        run: Path,
+        *,
+        seed: int = 0,
+        num_threads: int = 0,
+        eval_edges: int = 0,
+    ) -> None:
+        """num_threads: workers; 0: one a core. eval_edges: held-out edges of an evaluation."""
+        self.config, self.graph, self.seed, self.eval_edges = config, graph, seed, eval_edges
+        self.num_workers = num_workers(num_threads)
+        self.buckets = Buckets.open(graph, "train", config.num_partitions)
+        self.total = config.epochs * int(self.buckets.offsets[-1])
+        self.schedule = Schedule(schedule, TrainConfig(tokens=self.total))
+        self.table = Table(run, config, graph.num_nodes, key_of(seed, "nodes"))
+        self.relations = fresh_relations(config, graph.num_relations)
+        self.best: dict[str, Any] = {"mrr": -1.0, "waited": 0}
+        self._workers: list[Worker] = []
+
+    def units(self, cursor: Cursor) -> Iterator[Unit]:
+        """Buckets that hold edges, epoch by epoch; ends early where the held-out MRR no longer rises (patience)."""
+        index, tokens = 0, 0
+        for epoch, chunk in itertools.product(range(self.config.epochs), range(self.config.num_chunks)):
+            for bucket in self._order(epoch, chunk):
+                start, end = self._share(bucket, chunk)
+                if start == end:
+                    continue
+                if self.config.patience and self.best["waited"] >= self.config.patience:
+                    return
+                if index >= cursor.units:
+                    yield Unit(index, epoch, chunk, bucket, tokens)
+                index, tokens = index + 1, tokens + end - start
+
+    def step(self, unit: Unit) -> StepReport:
+        """Train on a bucket. Raises NonFinite; partitions on disk are then as the last checkpoint has them."""
+        began = time.perf_counter()
+        head_part, tail_part = self.table.take(dict.fromkeys(unit.bucket)) * (1 + (unit.bucket[0] == unit.bucket[1]))
+        edges = self._edges(unit)
+        read_s = time.perf_counter() - began
+        loss = self._train(unit, edges, head_part, tail_part)
+        if not math.isfinite(loss):
+            raise NonFinite(
+                f"unit {unit.index + 1} (epoch {unit.epoch + 1}, bucket {unit.bucket}): the loss is not finite; "
+                "lower graph.lr, or raise graph.n3 or set graph.max_norm. The newest checkpoint is as it was"
+            )
+        metrics = {"lr": self.config.lr * self.schedule.learning_rate(unit.tokens), "epoch": float(unit.epoch + 1)}
+        return StepReport(loss / len(edges), len(edges), len(edges), metrics | {"swap_s": read_s})
+
+    def state(self) -> State:
+        """Vectors and Adagrad sums as rows; relations as tensors; the best held-out MRR."""
+        state: State = {"nodes": Rows(self.table.vectors), "nodes.adagrad": Rows(self.table.sums)}
+        if self.relations[0].table.size:
+            state["relations"] = Tensors(lambda: relation_tensors(self.relations))
+        return state | {"best": Json(lambda: self.best, self._set_best)}
+
+    def evaluate(self, split: str) -> dict[str, float]:
+        """Filtered ranks of `eval_edges` edges of the graph's valid split against all nodes; none without it."""
+        if "valid" not in self.graph.splits or not self.eval_edges:
+            return {}
+        edges = self.graph.edges("valid")
+        if len(edges) > self.eval_edges:
+            chosen = np.random.default_rng(key_of(self.seed, "valid")).choice(
+                len(edges), self.eval_edges, replace=False
+            )
+            edges = edges.take(np.sort(chosen))
+        torch.set_num_threads(self.num_workers)
+        figures = rank(self.scorer(), edges).figures()["filtered"]
+        self.best["waited"] += 1
+        if figures["mrr"] > self.best["mrr"]:
+            self.best.update(mrr=figures["mrr"], waited=0)
+        return {name: figures[name] for name in ("mrr", "mr", "hits1", "hits10")}
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes, memory by the formula, swaps of an epoch by its order."""
+        order = self._order(0, 0)
+        config = self.config
+        width = config.num_batch_negs + config.num_uniform_negs + config.num_prevalence_negs
+        facts = {
+            "num_parameters": self.graph.num_nodes * config.dim + sum(side.table.size for side in self.relations),
+            "num_nodes": self.graph.num_nodes,
+            "num_relations": self.graph.num_relations,
+            "num_workers": self.num_workers,
+            "held_partitions": min(HELD, config.num_partitions),
+            "swaps_per_epoch": config.num_chunks * num_swaps(order, HELD),
+            "table_bytes": memory_bytes(
+                config, self.graph.num_nodes, int(np.diff(self.buckets.offsets).max()), self.num_workers
+            ),
+            "flops_per_token": 0 if config.all_negs else 12 * width * config.dim,
+        }
+        return facts | ({} if config.patience else {"total_tokens": self.total})
+
+    def scorer(self) -> Scorer:
+        """What ranks and neighbours are computed from: the tables as they are now."""
+        return Scorer(self.config, self.graph, self.table.view, self.relations)
+
+    def _order(self, epoch: int, chunk: int) -> list[Bucket]:
+        rng = np.random.default_rng(key_of(self.seed, "order", epoch, chunk))
+        return order_buckets(self.config.bucket_order, self.config.num_partitions, rng)
+
+    def _share(self, bucket: Bucket, chunk: int) -> tuple[int, int]:
+        """Where a round's share of a bucket begins and ends in the bucket's order."""
+        size = self.buckets.size(bucket)
+        return chunk * size // self.config.num_chunks, (chunk + 1) * size // self.config.num_chunks
+
+    def _edges(self, unit: Unit) -> Edges:
+        edges = self.buckets.rows(unit.bucket)
+        order = np.random.default_rng(key_of(self.seed, "edges", unit.epoch, unit.bucket)).permutation(len(edges))
+        return edges.take(order[slice(*self._share(unit.bucket, unit.chunk))])
+
+    def _batches(self, unit: Unit, edges: Edges) -> list[Edges]:
+        size = self.config.batch_edges
+        if self.config.reciprocal:
+            return [edges.take(slice(start, start + size)) for start in range(0, len(edges), size)]
+        edges = edges.take(np.argsort(edges.relations, kind="stable"))
+        starts = [0, *(np.flatnonzero(np.diff(edges.relations)) + 1).tolist(), len(edges)]
+        pieces = [(s, min(s + size, end)) for start, end in itertools.pairwise(starts) for s in range(start, end, size)]
+        order = np.random.default_rng(key_of(self.seed, "batches", unit.index)).permutation(len(pieces))
+        return [edges.take(slice(*pieces[n])) for n in order]
+
+    def _train(self, unit: Unit, edges: Edges, head_part: Part, tail_part: Part) -> float:
+        """All batches of a unit by all workers; the loss sum, not finite where a gradient was not."""
+        if not self._workers:
+            rows = self.table.rows(0)
+            self._workers = [Worker(self.config, self.graph.num_relations, rows) for _ in range(self.num_workers)]
+        batches = self._batches(unit, edges)
+        todo, lock = iter(range(len(batches))), threading.Lock()
+        losses = [0.0] * len(batches)
+
+        def work(worker: Worker) -> None:
+            torch.set_num_threads(1)
+            while True:
+                with lock:
+                    n = next(todo, None)
+                if n is None:
+                    return
+                rates = self._rates(unit.tokens + n * self.config.batch_edges)
+                key = key_of(self.seed, unit.index, n)
+                loss, bad = worker.train(batches[n], edges, key, head_part, tail_part, self.relations, rates)
+                losses[n] = math.nan if bad else loss
+
+        if self.num_workers == 1:
+            work(self._workers[0])
+        else:
+            with ThreadPoolExecutor(self.num_workers) as pool:
+                list(pool.map(work, self._workers))
+        return math.fsum(losses)
+
+    def _rates(self, tokens: int) -> Rates:
+        share = self.schedule.learning_rate(tokens)
+        return Rates(share * self.config.lr, share * (self.config.relation_lr or self.config.lr))
+
+    def _set_best(self, best: dict[str, Any]) -> None:
+        self.best = dict(best)
+
+
+def fresh_relations(config: GraphConfig, num_relations: int) -> list[Relations]:
+    """Identity operators of every relation: for guessing tails and, where relations are reciprocal, heads."""
+    row = operators.identity(config.operator, config.dim)
+    sides = range(1 + config.reciprocal)
+    shape = (num_relations, len(row))
+    return [Relations(np.tile(row, (num_relations, 1)), np.zeros(shape, np.float32)) for _ in sides]
+
+
+def relation_tensors(relations: Sequence[Relations]) -> dict[str, torch.Tensor]:
+    """Relations' parameters and Adagrad sums as live tensors, by side."""
+    sides = zip(("tail", "head"), relations, strict=False)
+    arrays = {f"{side}.{name}": array for side, r in sides for name, array in vars(r).items()}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,170 @@
+"""A trained run, read again: ranks on a split, exported tables, nearest nodes."""
+
+import itertools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from puna.console import track
+from puna.errors import DataError
+from puna.graph import scores
+from puna.graph.config import GraphConfig
+from puna.graph.graph import Graph
+from puna.graph.partitions import Table
+from puna.graph.ranking import Scorer, rank
+from puna.graph.task import fresh_relations, relation_tensors
+from puna.train import checkpoint
+from puna.train.task import Json, Rows, State, Tensors
+
+TSV_ROWS = 1 << 16
+FORMS = ("tsv", "parquet", "npy")
+
+
+def load(run: Path, config: GraphConfig, graph: Graph, step: int | None = None) -> tuple[Scorer, int]:
+    """A checkpoint's model and its step; the newest where `step` is None. Vectors stay on disk until they are read.
+
+    Raises CheckpointError: none there, damaged, or of another shape; DataError: the graph has other nodes.
+    """
+    table = Table(run, config, graph.num_nodes, key=0)
+    relations = fresh_relations(config, graph.num_relations)
+    state: State = {
+        "nodes": Rows(table.vectors),
+        "nodes.adagrad": Rows(table.sums),
+        "best": Json(dict, lambda best: None),
+    }
+    if relations[0].table.size:
+        state["relations"] = Tensors(lambda: relation_tensors(relations))
+    manifest = checkpoint.load(run, state, step)
+    held = sum(len(table.view(int(part))) for part in table.vectors.snapshot())
+    if held != graph.num_nodes:
+        raise DataError(
+            f"{run} has vectors of {held:,} nodes, but {graph.folder} has {graph.num_nodes:,}",
+            "Name the graph that it was trained on with --data, or train until every partition was visited.",
+        )
+    return Scorer(config, graph, table.view, relations), manifest.cursor.units
+
+
+def evaluate(scorer: Scorer, split: str, limit: int = 0, by_relation: bool = False) -> dict[str, Any]:
+    """Ranks of a split's edges, or the first `limit`: num_edges, filtered, raw, and (by_relation) relations."""
+    edges = scorer.graph.edges(split)
+    if not len(edges):
+        raise DataError(f"the split {split} of {scorer.graph.folder} has no edge", "Evaluate another split.")
+    ranks = rank(scorer, edges.take(slice(limit or len(edges))))
+    relations = {"relations": ranks.by_relation(scorer.graph.relation_names())} if by_relation else {}
+    return ranks.figures() | relations
+
+
+def export(scorer: Scorer, out: Path, form: str) -> dict[str, Any]:
+    """Write vectors and relation parameters to the new folder `out`; form: tsv, parquet or npy.
+
+    tsv: nodes.tsv (name, then numbers) and relations.tsv (name, side, operator, then numbers). npy: nodes.npy (in the
+    order of nodes.txt), relations.SIDE.npy, the names beside them. Returns out, form, num_nodes, num_relations, bytes.
+    """
+    if out.exists():
+        raise DataError(f"{out} is already there", "Name another folder with --out.")
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write: dict[str, Callable[[Scorer, Path], None]] = {"tsv": _tsv, "parquet": _parquet, "npy": _npy}
+    write[form](scorer, partial)
+    os.replace(partial, out)
+    return {
+        "out": str(out),
+        "form": form,
+        "num_nodes": scorer.graph.num_nodes,
+        "num_relations": scorer.graph.num_relations,
+        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+    }
+
+
+def neighbors(scorer: Scorer, name: str, count: int) -> dict[str, Any]:
+    """The `count` nodes whose vectors score highest with the node `name` by the comparator (a dot is made a cosine)."""
+    graph = scorer.graph
+    names = graph.names()
+    if name not in names:
+        raise DataError(f"{graph.folder} has no node named {name!r}", "Names are as in its nodes.txt.")
+    number = names.index(name)
+    comparator = "cos" if scorer.config.comparator == "dot" else scorer.config.comparator
+    code, parts = scores.CODES[comparator], scorer.config.num_partitions
+    own = _prepared(code, scorer.vectors(np.array([number])))
+    best: list[tuple[float, int]] = []
+    for part in range(parts):
+        candidates = _prepared(code, scorer.view(part))
+        values = np.empty(len(candidates), np.float32)
+        scores.score_pairs(code, 0, np.broadcast_to(own, candidates.shape).copy(), candidates, values)
+        top = np.argpartition(-values, min(count, len(values) - 1))[: count + 1]
+        best += [(float(values[row]), int(row) * parts + part) for row in top]
+    found = [(value, node) for value, node in sorted(best, reverse=True) if node != number][:count]
+    return {"node": name, "comparator": comparator, "neighbors": [{"name": names[n], "score": v} for v, n in found]}
+
+
+def _prepared(code: int, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    copy = np.array(vectors)
+    scores.prepare(code, 0, copy, np.empty(len(copy), np.float32))
+    return copy
+
+
+def _nodes(scorer: Scorer) -> Iterator[tuple[list[str], npt.NDArray[np.float32]]]:
+    """Names and vectors in the order of their numbers, some at a time."""
+    names = scorer.graph.names()
+    for start in track(range(0, len(names), TSV_ROWS), "exporting"):
+        numbers = np.arange(start, min(start + TSV_ROWS, len(names)))
+        yield names[start : start + TSV_ROWS], scorer.vectors(numbers)
+
+
+def _sides(scorer: Scorer) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    for side, relations in zip(("tail", "head"), scorer.relations, strict=False):
+        yield side, relations.table
+
+
+def _tsv(scorer: Scorer, out: Path) -> None:
+    with _text(out / "nodes.tsv") as file:
+        for names, vectors in _nodes(scorer):
+            for name, vector in zip(names, vectors, strict=True):
+                file.write("\t".join([name, *(f"{x:.9g}" for x in vector)]) + "\n")
+    with _text(out / "relations.tsv") as file:
+        for side, table in _sides(scorer):
+            for name, row in zip(scorer.graph.relation_names(), table, strict=True):
+                file.write("\t".join([name, side, scorer.config.operator, *(f"{x:.9g}" for x in row)]) + "\n")
+
+
+def _parquet(scorer: Scorer, out: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def table(columns: dict[str, Any], vectors: npt.NDArray[np.float32]) -> Any:
+        flat = pa.array(np.ascontiguousarray(vectors).ravel())
+        return pa.table(columns | {"vector": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])})
+
+    pieces = (table({"name": names}, vectors) for names, vectors in _nodes(scorer))
+    first = next(pieces)
+    with pq.ParquetWriter(out / "nodes.parquet", first.schema) as writer:
+        for piece in itertools.chain([first], pieces):
+            writer.write_table(piece)
+    names = scorer.graph.relation_names()
+    for side, parameters in _sides(scorer):
+        if parameters.size:
+            pq.write_table(table({"name": names}, parameters), out / f"relations.{side}.parquet")
+
+
+def _npy(scorer: Scorer, out: Path) -> None:
+    shape = (scorer.graph.num_nodes, scorer.config.dim)
+    vectors = np.lib.format.open_memmap(out / "nodes.npy", "w+", np.float32, shape)
+    start = 0
+    for _, piece in _nodes(scorer):
+        vectors[start : start + len(piece)] = piece
+        start += len(piece)
+    vectors.flush()
+    for side, table in _sides(scorer):
+        np.save(out / f"relations.{side}.npy", table)
+    for name in ("nodes.txt", "relations.txt"):
+        shutil.copyfile(scorer.graph.folder / name, out / name)
+
+
+def _text(path: Path) -> IO[str]:
+    return path.open("w", encoding="utf-8", errors="surrogateescape")

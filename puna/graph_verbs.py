@@ -1,0 +1,147 @@
+"""`puna graph`: parse, call one function, print. What it needs is imported inside the verbs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from puna.verbs import as_json, print_figures
+
+if TYPE_CHECKING:
+    from puna.graph.ranking import Scorer
+
+run_folder = click.argument("run", type=click.Path(path_type=Path))
+of_step = click.option("--step", type=int, help="Checkpoint of that step; the newest where not given.")
+of_graph = click.option("--data", type=click.Path(path_type=Path), help="The graph; the run's own where not given.")
+
+
+@click.group()
+def graph() -> None:
+    """Graph embeddings: import, eval, export, neighbors. Training is `puna train` with a graph recipe.
+
+    \b
+    Example:  puna graph import --train train.tsv --test test.tsv --out graph
+              puna train graph-small --data.path graph --run.dir runs/graph
+              puna graph eval runs/graph --split test --json
+    """
+
+
+@graph.command("import")
+@click.option("--train", required=True, type=click.Path(path_type=Path), help="Edges to train on.")
+@click.option("--valid", type=click.Path(path_type=Path), help="Edges to look at while training.")
+@click.option("--test", type=click.Path(path_type=Path), help="Edges for `puna graph eval`.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option(
+    "--columns",
+    default="head,relation,tail",
+    show_default=True,
+    help="What the fields of a line are: head, relation, tail, weight, - (left out).",
+)
+@click.option("--delimiter", help="What parts the fields  [default: a comma in .csv, else a tab]")
+@click.option("--header", is_flag=True, help="The first line of each file names its columns.")
+@as_json
+def graph_import(
+    train: Path, valid: Path | None, test: Path | None, out: Path, columns: str, delimiter: str | None, header: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Edge files to a graph folder.
+
+    TSV, CSV or Parquet, plain or as .gz, .xz, .zst, .bz2; they stream, so that memory holds names' hashes and no edges.
+
+    \b
+    Example:  puna graph import --train train.txt.xz --valid valid.txt.xz --test test.txt.xz --out graph
+              puna graph import --train follows.csv.gz --columns head,tail,weight --header --out graph
+    """
+    from puna.graph.importing import import_graph
+
+    splits = {name: path for name, path in (("train", train), ("valid", valid), ("test", test)) if path}
+    print_figures(import_graph(splits, out, columns.split(","), delimiter, header), as_json)
+
+
+@graph.command("eval")
+@run_folder
+@click.option("--split", default="test", show_default=True, help="Edges to rank.")
+@click.option("--limit", default=0, help="Only the first so many of them  [default: all]")
+@click.option("--relations", is_flag=True, help="Also a table by relation.")
+@of_step
+@of_graph
+@as_json
+def graph_eval(
+    run: Path, split: str, limit: int, relations: bool, step: int | None, data: Path | None, as_json: bool
+) -> None:
+    """Link prediction: ranks of true tails and heads among all nodes, filtered and raw.
+
+    A rank is one more than the nodes that score higher, and half of those that score the same.
+
+    \b
+    Example:  puna graph eval runs/graph --split test --json
+    """
+    from puna.console import out
+    from puna.graph.trained import evaluate
+
+    scorer, found = _load(run, data, step)
+    figures = {"run": str(run), "step": found, "split": split} | evaluate(scorer, split, limit, relations)
+    table: Any = [] if as_json else figures.pop("relations", [])
+    print_figures(figures, as_json)
+    for record in table:
+        out().print(
+            f"{record['num_edges']:>8,}  mrr {record['mrr']:.3f}  hits10 {record['hits10']:.3f}  {record['relation']}",
+            markup=False,
+        )
+
+
+@graph.command("export")
+@run_folder
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option(
+    "--to", "form", default="tsv", show_default=True, type=click.Choice(["tsv", "parquet", "npy"]), help="Form."
+)
+@of_step
+@of_graph
+@as_json
+def graph_export(run: Path, out: Path, form: str, step: int | None, data: Path | None, as_json: bool) -> None:
+    """Vectors of nodes and parameters of relations, for other programs.
+
+    \b
+    Example:  puna graph export runs/graph --to parquet --out vectors
+    """
+    from puna.graph.trained import export
+
+    print_figures(export(_load(run, data, step)[0], out, form), as_json)
+
+
+@graph.command("neighbors")
+@run_folder
+@click.argument("node")
+@click.option("--count", default=10, show_default=True, type=click.IntRange(1), help="How many.")
+@of_step
+@of_graph
+@as_json
+def graph_neighbors(run: Path, node: str, count: int, step: int | None, data: Path | None, as_json: bool) -> None:
+    """The nodes nearest to a node.
+
+    By the run's comparator; a dot product is compared as a cosine, so that frequent nodes do not win by their length.
+
+    \b
+    Example:  puna graph neighbors runs/graph /m/027rn --count 5
+    """
+    from puna.graph.trained import neighbors
+
+    figures = neighbors(_load(run, data, step)[0], node, count)
+    if not as_json:
+        figures = {found["name"]: found["score"] for found in figures["neighbors"]}
+    print_figures(figures, as_json)
+
+
+def _load(run: Path, data: Path | None, step: int | None) -> tuple["Scorer", int]:
+    from puna import recipe as recipes
+    from puna.errors import CheckpointError
+    from puna.graph.graph import Graph
+    from puna.graph.trained import load
+
+    if not (run / "recipe.toml").is_file():
+        raise CheckpointError(f"{run} holds no run", "Give a folder that `puna train` has written.")
+    recipe = recipes.load(run).recipe
+    if recipe.task != "graph":
+        raise CheckpointError(f"{run} holds a run of task {recipe.task}", "Give the folder of a graph run.")
+    return load(run, recipe.graph, Graph.open(data or recipe.data.path), step)
