@@ -105,8 +105,9 @@ class HealthCallback(TrainerCallback):
         def watched(*args: Any, **kwargs: Any) -> Tensor:
             loss = training_step(*args, **kwargs)
             self._losses.append(loss.detach())
-            if self.controller is not None and self.trainer.accelerator.sync_gradients:
-                self._norm = _norm(self.trainer.model)
+            model = self.trainer.model
+            if self.controller is not None and model is not None and self.trainer.accelerator.sync_gradients:
+                self._norm = _norm(model)
             return loss
 
         self.trainer.training_step = watched  # type: ignore[method-assign]
@@ -137,7 +138,7 @@ class HealthCallback(TrainerCallback):
         assert self.controller is not None
         control.should_training_stop = True
         now = state.global_step + 1
-        saved = [int(path.name.rpartition("-")[2]) for path in Path(args.output_dir).glob("checkpoint-*")]
+        saved = [int(path.name.rpartition("-")[2]) for path in _output(args).glob("checkpoint-*")]
         target = self.controller.target(saved, verdict.onset, now) if verdict.kind == "roll_back" else None
         self.stopped = f"Training stopped before step {now}: {verdict.reason.rstrip('.')}."
         if target is not None:
@@ -163,7 +164,11 @@ def _inner(optimizer: Optimizer) -> Optimizer:
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{step}"
+    return _output(args) / f"checkpoint-{step}"
+
+
+def _output(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".")
 
 
 def _save(kept: dict[str, Any], path: Path) -> None:
