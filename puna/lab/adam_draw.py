@@ -100,7 +100,8 @@ def _beta2(random: Draw) -> dict[str, Any]:
     """A second moment that forgets faster than the first, beta2 below beta1 squared, for a while."""
     return {
         "rate": _log(random, 0.02, 0.04), "beta2": float(random.choice([0.95, 0.999])),
-        "beta2_after": float(random.choice([0.2, 0.3])), "start": _start(random), "length": int(random.integers(26, 41)),
+        "beta2_after": float(random.choice([0.2, 0.3])), "start": _start(random),
+        "length": int(random.integers(26, 41)),
     }  # fmt: skip
 
 
