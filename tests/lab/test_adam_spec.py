@@ -78,7 +78,6 @@ def test_a_drawn_run_is_a_function_of_kind_and_seed() -> None:
     assert draw("eps", 11).rate != draw("warmup_cut", 11).rate
 
 
-@pytest.mark.skipif(not COMMITTED.exists(), reason="the list has not been drawn")
 def test_the_committed_runs_are_draws_that_chose_no_threshold() -> None:
     specs = read_specs(COMMITTED)
     causes = [spec.cause for spec in specs]
