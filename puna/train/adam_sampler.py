@@ -30,7 +30,7 @@ from puna.train.adam_stats import (
 from puna.train.optim import local
 
 ELEMENTS = {"cpu": (1 << 15) - 1}  # looked at together: on a CPU so few that PyTorch wakes no other thread
-MOST_ELEMENTS = 1 << 21  # elsewhere
+MOST_ELEMENTS = 1 << 22  # elsewhere
 EpsOf = Callable[[str, float], float]
 """The epsilon that a tensor is updated with, from its name and its group's."""
 
