@@ -102,11 +102,11 @@ class HealthCallback(TrainerCallback):
     def _watch_losses(self) -> None:
         training_step = self.trainer.training_step
 
-        def watched(*args: Any, **kwargs: Any) -> Tensor:
-            loss = training_step(*args, **kwargs)
+        def watched(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            loss = training_step(model, *args, **kwargs)
             self._losses.append(loss.detach())
             if self.controller is not None and self.trainer.accelerator.sync_gradients:
-                self._norm = _norm(self.trainer.model)
+                self._norm = _norm(model)
             return loss
 
         self.trainer.training_step = watched  # type: ignore[method-assign]
@@ -137,7 +137,7 @@ class HealthCallback(TrainerCallback):
         assert self.controller is not None
         control.should_training_stop = True
         now = state.global_step + 1
-        saved = [int(path.name.rpartition("-")[2]) for path in Path(args.output_dir).glob("checkpoint-*")]
+        saved = [int(path.name.rpartition("-")[2]) for path in _checkpoint(args, 0).parent.glob("checkpoint-*")]
         target = self.controller.target(saved, verdict.onset, now) if verdict.kind == "roll_back" else None
         self.stopped = f"Training stopped before step {now}: {verdict.reason.rstrip('.')}."
         if target is not None:
@@ -163,7 +163,7 @@ def _inner(optimizer: Optimizer) -> Optimizer:
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{step}"
+    return Path(str(args.output_dir)) / f"checkpoint-{step}"
 
 
 def _save(kept: dict[str, Any], path: Path) -> None:
