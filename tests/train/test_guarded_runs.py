@@ -239,13 +239,13 @@ def assert_same_end(folder: Path, task: Guarded, whole: tuple[Path, Guarded]) ->
 @pytest.mark.parametrize(
     ("kind", "call"),
     [
-        pytest.param("stall", 35, id="while the rate rises after a reset, from before it"),
+        pytest.param("stall", 35, id="while the rate rises after a reset, from before it", marks=pytest.mark.slow),
         pytest.param("stall", 42, id="while the rate rises after a reset, in the middle of it"),
         pytest.param("wild", 53, id="in a spike"),
-        pytest.param("wild", 55, id="just after the return"),
+        pytest.param("wild", 55, id="just after the return", marks=pytest.mark.slow),
         pytest.param("wild", 68, id="at the lower rate after it"),
-        pytest.param("nan", 47, id="just after a step that was not finite"),
-        pytest.param("frozen", 33, id="with a lower epsilon"),
+        pytest.param("nan", 47, id="just after a step that was not finite", marks=pytest.mark.slow),
+        pytest.param("frozen", 33, id="with a lower epsilon", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_was_killed_goes_on_to_the_same_end(
@@ -256,7 +256,12 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(
     assert_same_end(tmp_path, guarded.run(tmp_path, Guarded(**FAULTS[kind])), undisturbed(kind))
 
 
-@pytest.mark.parametrize("where", ["remove", "write_manifest", "read_manifest"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "where", ["write_manifest", pytest.param("remove", marks=SLOW), pytest.param("read_manifest", marks=SLOW)]
+)
 def test_a_kill_inside_a_return_leads_to_the_same_end(
     where: str, undisturbed: Callable[[str], tuple[Path, Guarded]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,8 +285,10 @@ def test_a_kill_inside_a_return_leads_to_the_same_end(
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kind", ["stall", "wild"])
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [("wild", 2), ("stall", 4), pytest.param("wild", 4, marks=SLOW), pytest.param("stall", 2, marks=SLOW)],
+)
 def test_several_processes_do_the_same(
     kind: str, size: int, undisturbed: Callable[[str], tuple[Path, Guarded]], tmp_path: Path
 ) -> None:
@@ -301,6 +308,7 @@ def test_several_processes_do_the_same(
 # --- clipping rules in a task -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_zclip_limits_a_wild_step_of_a_task_and_is_in_the_checkpoint(tmp_path: Path) -> None:
     def wild(num_units: int, zclip: ZClip | None) -> Guarded:
         return Guarded(num_units, act=False, wild=(45,), clip=0.0, zclip=zclip)

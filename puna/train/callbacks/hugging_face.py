@@ -102,11 +102,10 @@ class HealthCallback(TrainerCallback):
     def _watch_losses(self) -> None:
         training_step = self.trainer.training_step
 
-        def watched(*args: Any, **kwargs: Any) -> Tensor:
-            loss = training_step(*args, **kwargs)
+        def watched(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            loss = training_step(model, *args, **kwargs)
             self._losses.append(loss.detach())
-            model = self.trainer.model
-            if self.controller is not None and model is not None and self.trainer.accelerator.sync_gradients:
+            if self.controller is not None and self.trainer.accelerator.sync_gradients:
                 self._norm = _norm(model)
             return loss
 
@@ -138,7 +137,7 @@ class HealthCallback(TrainerCallback):
         assert self.controller is not None
         control.should_training_stop = True
         now = state.global_step + 1
-        saved = [int(path.name.rpartition("-")[2]) for path in _output(args).glob("checkpoint-*")]
+        saved = [int(path.name.rpartition("-")[2]) for path in _checkpoint(args, 0).parent.glob("checkpoint-*")]
         target = self.controller.target(saved, verdict.onset, now) if verdict.kind == "roll_back" else None
         self.stopped = f"Training stopped before step {now}: {verdict.reason.rstrip('.')}."
         if target is not None:
@@ -164,11 +163,7 @@ def _inner(optimizer: Optimizer) -> Optimizer:
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return _output(args) / f"checkpoint-{step}"
-
-
-def _output(args: TrainingArguments) -> Path:
-    return Path(args.output_dir or ".")
+    return Path(str(args.output_dir)) / f"checkpoint-{step}"
 
 
 def _save(kept: dict[str, Any], path: Path) -> None:
