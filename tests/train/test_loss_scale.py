@@ -35,8 +35,8 @@ class Agreed(toys.Regression):
 class Naive(Agreed):
     """Each rank looks at its own shards alone."""
 
-    def _vote(self, unit: toys.Unit, losses: list[torch.Tensor], scale: float) -> tuple[float, float]:
-        loss_sum, _ = super()._vote(unit, losses, scale)
+    def _vote(self, losses: list[torch.Tensor], scale: float) -> tuple[float, float]:
+        loss_sum, _ = super()._vote(losses, scale)
         grads = [local(p.grad) for p in self.modules["model"].parameters()]
         return loss_sum, math.sqrt(sum(float(grad.square().sum()) for grad in grads)) / scale
 
