@@ -102,7 +102,7 @@ def test_a_command_that_is_stopped_ends_with_4_and_resume_goes_on(
     first.rename(run)
     told = resume.explain(run)
     assert told["cursor"]["step"] == read_events(run)[-1]["step"] >= 6
-    assert set(told["restored"]) == {"model", "optim"}
+    assert set(told["restored"]) == {"model", "optim", "health", "health_sample"}
     assert told["redone"]["steps"] == 0
     assert "pass 1, " in told["data"]
     with pytest.raises(RecipeError, match=r"train.lr is 0.003 there, 1.0 here"):

@@ -138,7 +138,7 @@ def test_a_checkpoint_that_retention_takes_away_meanwhile_is_no_damage(
 
     def taken_away(folder: Path, manifest: checkpoint.Manifest, **words: float) -> object:
         if manifest.cursor.units == 2:
-            checkpoint._remove(folder / "checkpoints" / "step-00000002")
+            checkpoint.remove(folder / "checkpoints" / "step-00000002")
         return real(folder, manifest, **words)
 
     monkeypatch.setattr("puna.train.verify.damages", taken_away)
