@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -159,24 +160,29 @@ def test_a_partition_keeps_its_rows_over_the_disk(planted, tmp_path):
     assert again.vectors.flags.writeable
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """Files of at most 500 bytes."""
+    """Inside, files of at most 500 bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_disk_that_is_full_during_a_swap_loses_nothing(planted, tmp_path, small_disk):
+def test_a_disk_that_is_full_during_a_swap_loses_nothing(planted, tmp_path):
     task = task_of(planted, tmp_path, num_partitions=3)
     Run(task_of(planted, tmp_path, num_partitions=3, epochs=1), tmp_path, loop(tmp_path)).go()
     saved = checkpoint.latest(tmp_path)
     checkpoint.load(tmp_path, task.state())
     task.table.take([0])
-    small_disk()
-    with pytest.raises(DiskFull, match=r"partition 0 of nodes does not fit the disk of .*rows/nodes: it has"):
+    with (
+        small_disk(),
+        pytest.raises(DiskFull, match=r"partition 0 of nodes does not fit the disk of .*rows/nodes: it has"),
+    ):
         task.table.take([1])
     assert not list((tmp_path / "rows" / "nodes").glob("*.tmp"))
     assert checkpoint.latest(tmp_path) == saved
