@@ -203,3 +203,6 @@ def test_the_figures_by_hand(peers: ModuleType) -> None:
     assert (told["ours_median_pct"], told["ours_left_out_median_pct"]) == (5.0, 15.0)
     assert told["ours_p90_pct"] == 10.0
     assert told["ours_below"] is False
+    far = rows(peers)
+    far.peer[:] = [0.5, 0.8, 0.3, 1.5]
+    assert peers.figures(far.take(np.array([True, True, True, False])))["ours_below"] is True
