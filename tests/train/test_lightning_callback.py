@@ -101,7 +101,7 @@ def test_lightning_and_a_plain_loop_give_the_same_records(tmp_path):
 def test_the_state_is_in_the_checkpoint(tmp_path):
     trainer = fit(tmp_path, tmp_path / "first", batches(), 23)
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    kept = torch.load(tmp_path / "half.ckpt", weights_only=False)["callbacks"]
+    kept = torch.load(tmp_path / "half.ckpt", weights_only=True)["callbacks"]
     assert any("tensors" in state for state in kept.values())
     fit(tmp_path, tmp_path / "second", batches(), 30, ckpt_path=tmp_path / "half.ckpt")
     assert [one["step"] for one in samples(tmp_path / "second")] == [25, 30]
