@@ -31,18 +31,18 @@ WIDE, BUSY, MAX_REPEATS = 0.2, 0.15, 2
 SHAPE = ("num_layers", "dim", "ffn_dim", "num_heads", "num_kv_heads", "vocab_size")
 WORK = ("seq_len", "micro_batch", "sequences", "recompute", "optimizer", "processes", "reshard")
 RECIPES: dict[str, tuple[Any, ...]] = {
-    "base": (4, 256, 704, 4, 2, 4096, 256, 4, 16, "none", "adamw", 1, True),
-    "wide": (2, 640, 1728, 10, 5, 2048, 128, 4, 12, "none", "adamw", 1, True),
-    "deep": (14, 128, 384, 2, 1, 2048, 256, 4, 16, "none", "adamw", 1, True),
-    "vocabulary": (3, 256, 704, 4, 4, 32_000, 256, 2, 8, "none", "adamw", 1, True),
-    "long": (4, 256, 704, 4, 1, 4096, 2048, 1, 2, "none", "adamw", 1, True),
-    "full": (6, 384, 1024, 6, 2, 4096, 512, 2, 4, "full", "adamw", 1, True),
-    "selective": (6, 192, 512, 3, 1, 8192, 1024, 1, 4, "selective", "adamw", 1, True),
-    "muon": (3, 448, 1216, 7, 7, 6144, 256, 4, 8, "none", "muon", 1, True),
-    "base-2": (5, 256, 704, 4, 2, 8192, 256, 4, 16, "none", "adamw", 2, True),
-    "wide-2": (3, 576, 1536, 9, 3, 4096, 256, 2, 8, "none", "adamw", 2, False),
-    "deep-2": (12, 192, 512, 3, 3, 6144, 512, 4, 8, "full", "adamw", 2, True),
-    "muon-2": (4, 320, 896, 5, 1, 6144, 128, 8, 32, "none", "muon", 2, False),
+    "base": (5, 256, 768, 4, 1, 4096, 320, 4, 16, "none", "adamw", 1, True),
+    "wide": (2, 768, 2048, 12, 4, 3072, 128, 3, 9, "none", "adamw", 1, True),
+    "deep": (12, 192, 512, 3, 1, 2048, 256, 3, 12, "none", "adamw", 1, True),
+    "vocabulary": (2, 320, 832, 5, 5, 24_000, 256, 2, 8, "none", "adamw", 1, True),
+    "long": (5, 192, 512, 3, 1, 4096, 1536, 1, 3, "none", "adamw", 1, True),
+    "full": (8, 320, 896, 5, 5, 4096, 384, 3, 6, "full", "adamw", 1, True),
+    "selective": (5, 256, 640, 4, 2, 6144, 768, 1, 4, "selective", "adamw", 1, True),
+    "muon": (4, 384, 1024, 6, 3, 8192, 192, 4, 8, "none", "muon", 1, True),
+    "base-2": (4, 320, 832, 5, 1, 6144, 256, 4, 16, "none", "adamw", 2, True),
+    "wide-2": (2, 640, 1728, 10, 5, 4096, 192, 3, 12, "none", "adamw", 2, False),
+    "deep-2": (10, 256, 704, 4, 2, 4096, 384, 4, 8, "full", "adamw", 2, True),
+    "muon-2": (3, 384, 1024, 6, 2, 6144, 160, 6, 24, "none", "muon", 2, False),
 }
 
 
@@ -86,6 +86,7 @@ def settings(name: str, folder: Path, num_steps: int) -> list[str]:
         "model.max_seq_len": work["seq_len"],
         "run.dir": folder / "runs" / name,
         "run.num_processes": work["processes"],
+        "run.num_threads": 0,
         "data.path": folder / "shards",
         "train.tokens": num_steps * tokens,
         "train.batch_tokens": tokens,

@@ -1,7 +1,8 @@
 import json
 import math
 import re
-from html.parser import HTMLParser
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,9 @@ from puna import chart as charts
 from puna import report
 from puna.errors import DataError
 from puna.report import PANELS, Panel, Records, panel, points, read, seconds_of_work, verdict, write_report
+
+sys.path.append(str(Path(__file__).parent))
+from html_page import Page
 
 ATTACK = "<script>alert('x')</script><img src=http://evil.example/a.png onerror=alert(1)>"
 STEP_BYTES, BATCH = 3.1e8, 8192
@@ -92,37 +96,6 @@ def run(tmp_path):
     (folder / "checkpoints" / "step-00000200").mkdir(parents=True)
     (folder / "checkpoints" / "step-00000200" / "manifest.json").write_text("{}")
     return folder
-
-
-class Page(HTMLParser):
-    """Balanced tags, their attributes, and the text between them."""
-
-    VOID = ("meta", "br", "img", "link", "input", "hr")
-
-    def __init__(self, html):
-        super().__init__()
-        self.tags, self.open, self.text = [], [], ""
-        self.feed(html)
-        self.close()
-        assert not self.open, f"never closed: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open, f"</{tag}> closes nothing"
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-
-    def sections(self):
-        return [tag for tag, _ in self.tags].count("section")
 
 
 def page_of(run):

@@ -35,7 +35,7 @@ from puna.llama.rope import Rotary
 from puna.llama.shards import ShardWriter
 from puna.llama.tokenizer import BEGIN_OF_TEXT, Tokenizer, special_names
 from puna.llama.tokenizer_json import byte_level
-from puna.plan.memory import estimate_memory
+from puna.plan.memory import Memory, estimate_memory
 from puna.train.config import EvalConfig, MeshConfig, RunConfig, ScheduleConfig, TrainConfig
 from puna.train.hardware import PROBES, Probe
 from puna.train.launch import launch, resolve
@@ -60,8 +60,8 @@ FRESH = (1 << 24, 1 << 25)
 TRIAL = LlamaConfig(
     num_layers=3, dim=256, ffn_dim=704, num_heads=4, num_kv_heads=2, head_dim=64, vocab_size=4096, max_seq_len=256
 )
-TRIAL_TRAIN = TrainConfig(seq_len=256, micro_batch=2, batch_tokens=2048)
-NUM_TRIAL_STEPS, NUM_DOCUMENTS, NUM_SPECIAL = 4, 64, 16
+TRIAL_SEQ_LEN, TRIAL_ROWS = 256, (2, 10)  # tokens of a sequence, sequences of a micro-batch
+NUM_TRIAL_STEPS, NUM_DOCUMENTS, NUM_SPECIAL = 6, 64, 16
 
 
 class Spent(NamedTuple):
@@ -93,7 +93,7 @@ def measure(num_processes: int, num_threads: int) -> dict[str, Any]:
             launch("puna.doctor.kernels:work", arguments, num_processes, Path(scratch), num_threads)
         found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(Path(scratch).glob("rank-*.json"))]
     slowest = {name: _slowest([one["tables"][name] for one in found]) for name in found[0]["tables"]}
-    most = {key: max(one[key] for one in found) for key in ("code_bytes", "runtime_bytes")}
+    most = {key: max(one[key] for one in found) for key in ("code_bytes", "runtime_bytes", "slack")}
     return {"num_processes": num_processes, "num_threads": num_threads, "tables": slowest} | most
 
 
@@ -109,10 +109,11 @@ def work(folder: str, num_threads: str) -> None:
     code_bytes = resident_bytes("VmRSS")
     torch.manual_seed(0)
     with open_mesh(RunConfig(dir=folder, device="cpu", num_threads=int(num_threads)), MeshConfig()) as place:
-        runtime_bytes = runtime(place, Path(folder)) - code_bytes
+        grown = [held(place, Path(folder), rows) - code_bytes for rows in TRIAL_ROWS]
         mesh = place.data_parallel if place.world_size > 1 else None
         found = {name: {"axes": axes, "seconds": seconds} for name, axes, seconds in tables(mesh)}
-    figures = {"tables": found, "code_bytes": code_bytes, "runtime_bytes": runtime_bytes}
+        runtime_bytes, slack = beside_counted(grown, [counted(place, rows) for rows in TRIAL_ROWS])
+    figures = {"tables": found, "code_bytes": code_bytes, "runtime_bytes": runtime_bytes, "slack": slack}
     (Path(folder) / f"rank-{place.rank}.json").write_text(json.dumps(figures), encoding="utf-8")
 
 
@@ -125,25 +126,42 @@ def resident_bytes(key: Literal["VmRSS", "VmHWM"]) -> int:
 # --- memory ---------------------------------------------------------------------------------------------------------
 
 
-def runtime(place: Mesh, folder: Path) -> int:
-    """Bytes that a rank takes beside what `estimate_memory` counts: the most that a small run has had resident, less
-    that count."""
-    data = DataConfig(path=str(write_shards(folder / f"data-{place.rank}")))
-    compute = choose_compute("fp32", place.device)
-    task = Pretrain(TRIAL, data, TRIAL_TRAIN, ScheduleConfig(), MeshConfig(), EvalConfig(), 0, place, compute)
+def held(place: Mesh, folder: Path, rows: int) -> int:
+    """The most bytes that this process has had resident after a small run with so many rows in a micro-batch."""
+    data = DataConfig(path=str(write_shards(folder / f"data-{place.rank}-{rows}")))
+    compute, train = choose_compute("fp32", place.device), trial(place, rows)
+    task = Pretrain(TRIAL, data, train, ScheduleConfig(), MeshConfig(), EvalConfig(), 0, place, compute)
     with Recorder(folder, speaks=place.rank == 0) as record:
         record.begin(folder, 0, 0, None, tensorboard=True)
         for unit in islice(task.units(Cursor()), NUM_TRIAL_STEPS):
             task.step(unit)
-    counted = estimate_memory(
-        TRIAL, TRIAL_TRAIN, num_ranks=place.world_size, shard=place.world_size, reshard=True, accumulates=True,
+    return resident_bytes("VmHWM")
+
+
+def trial(place: Mesh, rows: int) -> TrainConfig:
+    """Two micro-batches a step."""
+    return TrainConfig(
+        seq_len=TRIAL_SEQ_LEN, micro_batch=rows, batch_tokens=2 * TRIAL_SEQ_LEN * rows * place.world_size
+    )
+
+
+def counted(place: Mesh, rows: int) -> Memory:
+    """What `puna.plan.memory` counts of that run."""
+    return estimate_memory(
+        TRIAL, trial(place, rows), num_ranks=place.world_size, shard=place.world_size, reshard=True, accumulates=True,
         averages=False, compute_bytes=4, shares_memory=place.shares_memory,
     )  # fmt: skip
-    return resident_bytes("VmHWM") - counted.total
+
+
+def beside_counted(grown: Sequence[int], memory: Sequence[Memory]) -> tuple[int, float]:
+    """runtime_bytes and slack, from what two runs have grown to and what was counted of them."""
+    small, large = memory
+    slack = max(0.0, (grown[1] - grown[0] - large.total + small.total) / (large.transient - small.transient))
+    return round(grown[0] - small.total - slack * small.transient), slack
 
 
 def write_shards(folder: Path) -> Path:
-    """Random bytes as token shards, with a tokenizer that merges nothing."""
+    """Random bytes as token shards, in documents of many lengths, with a tokenizer that merges nothing."""
     folder.mkdir()
     alphabet = {piece: index for index, piece in enumerate(sorted(ByteLevel.alphabet()))}
     special = {name: len(alphabet) + index for index, name in enumerate(special_names(NUM_SPECIAL))}
@@ -151,8 +169,8 @@ def write_shards(folder: Path) -> Path:
     (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
     with ShardWriter(folder / "shards", Tokenizer.load(folder / "tokenizer.json")) as shards:
         for split in ("train", "heldout"):
-            for _ in range(NUM_DOCUMENTS):
-                shards.add(split, torch.randint(len(alphabet), (TRIAL_TRAIN.seq_len,)).numpy(), TRIAL_TRAIN.seq_len)
+            for length in torch.randint(TRIAL_SEQ_LEN // 8, 2 * TRIAL_SEQ_LEN, (NUM_DOCUMENTS,)).tolist():
+                shards.add(split, torch.randint(len(alphabet), (length,)).numpy(), length)
     return folder / "shards"
 
 

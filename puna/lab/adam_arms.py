@@ -114,8 +114,8 @@ class Scaled(AtRelease):
     """Each tensor's update is multiplied by a factor of its own."""
 
     def factors(self, trial: Trial, tensors: list[nn.Parameter]) -> list[float]:
-        """Of this step, by tensor."""
-        raise NotImplementedError
+        """Of this step, by tensor: 1 where the update stays whole."""
+        return [1.0] * len(tensors)
 
     def tensors(self, trial: Trial) -> list[nn.Parameter]:
         """Those that the factors are for."""

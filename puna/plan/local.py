@@ -73,12 +73,15 @@ def predict(job: LocalJob, machine: Hardware) -> dict[str, Any]:
     """One plan in figures: seconds of a step with the ends of their 80 % interval, parts, bytes of a rank by kind.
 
     code_bytes: what a rank has resident once it has imported the trainer; growth_bytes: what comes to it, the most that
-    a rank holds (kinds of `Memory`, and runtime: what threads, libraries and the allocator's slack add). Raises
-    PlanError where the machine's kernels were not timed.
+    a rank holds: kinds of `Memory`, runtime (threads and libraries), and slack (holes that the allocator leaves between
+    what comes and goes in a step; Muon's update lies in them). Raises PlanError where the machine's kernels were not
+    timed.
     """
     parts = step_seconds(job, machine)
     kernels, seconds = kernels_for(machine, job), sum(parts.values())
-    kinds = asdict(memory(job)) | {"runtime": kernels.runtime_bytes}
+    counted = memory(job)
+    slack = max(0, round(kernels.slack * counted.transient) - counted.update)
+    kinds = asdict(counted) | {"runtime": kernels.runtime_bytes, "slack": slack}
     return {
         "seconds": seconds,
         "low": seconds * math.exp(-Z80 * SPREAD),
@@ -184,13 +187,22 @@ def step_seconds(job: LocalJob, machine: Hardware) -> dict[str, float]:
 
 
 def kernels_for(machine: Hardware, job: LocalJob) -> Kernels:
-    """Of the timings, those with as many processes (one, or several) and threads as the job, or the nearest to it."""
+    """Of the timings, those with as many processes (one, or several) and threads as the job.
+
+    Where the job shares out all cores, the nearest number of threads counts. Raises PlanError where nothing fits.
+    """
     several = job.num_processes > 1
     fitting = [timed for timed in machine.kernels if (timed.num_processes > 1) == several]
     if not fitting:
         raise PlanError("the trainer's kernels were not timed on this machine", "Run `puna doctor` here.")
     threads = job.num_threads or max(1, machine.num_cores // job.num_processes)
-    return min(fitting, key=lambda timed: abs(math.log(timed.num_threads / threads)))
+    nearest = min(fitting, key=lambda timed: abs(math.log(timed.num_threads / threads)))
+    if job.num_threads not in (0, nearest.num_threads):
+        raise PlanError(
+            f"the trainer's kernels were timed with {nearest.num_threads} threads a process, the run has {threads}",
+            f"--run.num_threads {nearest.num_threads} is what can be predicted here.",
+        )
+    return nearest
 
 
 class Times:

@@ -33,6 +33,11 @@ class Memory:
         lay one into the holes of another; measured on CPUs, a rank holds the sum."""
         return sum(asdict(self).values())
 
+    @property
+    def transient(self) -> int:
+        """What comes and goes within a forward and its backward."""
+        return self.gathered + self.exchanged + self.activations + self.logits + self.backward
+
 
 def estimate_memory(
     model: LlamaConfig,

@@ -49,7 +49,8 @@ class Kernels(Section):
     """Times of the trainer's kernels in float32, and memory of a rank.
 
     With `num_processes` of `num_threads` threads each at work at the same time. code_bytes: what a rank has resident
-    when it has imported what a run needs; runtime_bytes: what it takes beside what `puna.plan.memory` counts.
+    when it has imported what a run needs; runtime_bytes: what it takes beside what `puna.plan.memory` counts; slack:
+    bytes that the allocator loses in holes for each byte of what comes and goes within a step.
     """
 
     num_processes: int
@@ -57,6 +58,7 @@ class Kernels(Section):
     tables: dict[str, Table]
     code_bytes: int
     runtime_bytes: int
+    slack: float
 
 
 class Hardware(Section):

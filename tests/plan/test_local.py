@@ -48,7 +48,12 @@ def kernels(num_processes: int = 1, num_threads: int = 2, host: float = 0.0, sha
     for name in ("lookup", "lookup_back"):
         tables[name] = Table(axes=(SIZES, (64, 1 << 22)), seconds=[PASS * a for a in SIZES for _ in SIZES])
     timed = Kernels(
-        num_processes=num_processes, num_threads=num_threads, tables=tables, code_bytes=300_000_000, runtime_bytes=10
+        num_processes=num_processes,
+        num_threads=num_threads,
+        tables=tables,
+        code_bytes=300_000_000,
+        runtime_bytes=10,
+        slack=0.5,
     )
     for recompute in ("none", "selective", "full"):
         alone = [(p.num_layers, local._alone(local.Times(timed), p, recompute)) for p in local.PROBES]
@@ -161,10 +166,17 @@ def test_micro_batches_are_those_of_one_rank() -> None:
     assert parts(num_processes=2)["products"] == pytest.approx(parts()["products"] / 2)
 
 
-def test_the_nearest_threads_are_taken() -> None:
+def test_threads_asked_for_must_have_been_timed() -> None:
     where = machine().model_copy(update={"kernels": (kernels(1, 1), kernels(1, 8), kernels(2, 4))})
-    for threads, expected in ((1, 1), (2, 1), (4, 8), (16, 8)):
-        assert local.kernels_for(where, LocalJob(MODEL, TRAIN, MeshConfig(), 1, threads)).num_threads == expected
+    for threads in (1, 8):
+        assert local.kernels_for(where, LocalJob(MODEL, TRAIN, MeshConfig(), 1, threads)).num_threads == threads
+    with pytest.raises(PlanError, match=r"timed with 8 threads a process, the run has 4\. --run\.num_threads 8"):
+        local.kernels_for(where, LocalJob(MODEL, TRAIN, MeshConfig(), 1, 4))
+
+
+def test_where_all_cores_are_shared_out_the_nearest_threads_are_taken() -> None:
+    where = machine().model_copy(update={"kernels": (kernels(1, 1), kernels(1, 8), kernels(2, 4)), "num_cores": 6})
+    assert local.kernels_for(where, LocalJob(MODEL, TRAIN, MeshConfig())).num_threads == 8
     assert local.kernels_for(where, LocalJob(MODEL, TRAIN, MeshConfig(), 4)).num_processes == 2
 
 
@@ -177,8 +189,18 @@ def test_memory_is_the_exact_count_and_what_the_machine_adds() -> None:
     found = predict(LocalJob(MODEL, TRAIN, MeshConfig()), machine())
     assert found["memory"]["parameters"] == 4 * MODEL.num_parameters
     assert found["memory"]["runtime"] == 10
+    assert found["memory"]["slack"] == round(0.5 * local.memory(LocalJob(MODEL, TRAIN, MeshConfig())).transient)
     assert found["growth_bytes"] == sum(found["memory"].values())
     assert found["low"] < found["seconds"] < found["high"]
+
+
+def test_muons_updates_lie_in_the_allocators_holes() -> None:
+    muon = TRAIN.model_copy(update={"optimizer": "muon"})
+    counted = local.memory(LocalJob(MODEL, muon, MeshConfig()))
+    for slack, expected in ((0.1, 0), (5.0, 5 * counted.transient - counted.update)):
+        timed = tuple(one.model_copy(update={"slack": slack}) for one in machine().kernels)
+        found = predict(LocalJob(MODEL, muon, MeshConfig()), machine().model_copy(update={"kernels": timed}))
+        assert found["memory"]["slack"] == expected
 
 
 def test_memory_of_several_processes_counts_what_they_share() -> None:

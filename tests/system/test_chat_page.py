@@ -1,6 +1,5 @@
 """The chat page in a real browser, over a real server with a tiny model."""
 
-import shutil
 import sys
 import threading
 import time
@@ -20,10 +19,6 @@ from tiny_llama import tiny_model, tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 MARKUP = "<img src=x onerror=\"document.title='broken'\"><script>document.title='broken'</script><b>bold</b> & done"
 
 
@@ -63,18 +58,6 @@ def url(generator):
     server.should_exit = True
     thread.join()
     listener.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

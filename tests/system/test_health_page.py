@@ -1,6 +1,5 @@
 """The health page in a real browser: maps can be picked, words can be read in light and dark, it fits a phone."""
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,10 +15,6 @@ from stalling import STALL, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 CONTRAST = """() => {
   const light = (colour) => {
     const [r, g, b] = colour.match(/[\\d.]+/g).map((x) => x / 255)
@@ -46,18 +41,6 @@ def folder(tmp_path_factory):
     write_page(folder / "health.html", "run", found, diagnose(found))
     write_report(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
