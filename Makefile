@@ -17,11 +17,14 @@ demo: $(VENV)/demo.stamp
 long: $(VENV)/demo.stamp
 	$(RUN) puna.cli demo --minutes 30 --dir runs/long
 
+# As many processes as cores, four at most; a file's tests stay in one of them.
+PYTEST := $(RUN) pytest -q -n auto --maxprocesses 4 --dist loadfile
+
 test: lint
-	$(RUN) pytest -q
+	$(PYTEST)
 
 test-all: lint
-	$(RUN) pytest -q -m ""
+	$(PYTEST) -m ""
 
 lint: $(VENV)/dev.stamp
 	$(RUN) ruff check
