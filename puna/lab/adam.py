@@ -41,7 +41,7 @@ class Where:
 def stall_and_burst(seed: int, data: str, steps_after: int) -> RunSpec:
     """The blocks without gradients for the first 160 steps, then with them; embedding, last norm and head train on."""
     return RunSpec(
-        name=f"injection-{seed}", cause="stall", seed=seed, data=data, dim=48, rate=0.02, beta2=0.999, tensors=STALLED,
+        name=f"injection-{seed}", cause="stall", seed=seed, data=data, dim=48, rate=0.03, beta2=0.999, tensors=STALLED,
         length=RELEASE, depth=1e-9, steps=RELEASE + steps_after,
     )  # fmt: skip
 

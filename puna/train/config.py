@@ -164,7 +164,7 @@ class HealthConfig(Section):
         "alarm, with lurch_size: median over tensors of the update over the weights, in multiples of its usual",
         gt=1,
     )
-    lurch_size: float = setting(0.08, "alarm, with lurch: median over tensors of the update over the weights", gt=0)
+    lurch_size: float = setting(0.12, "alarm, with lurch: median over tensors of the update over the weights", gt=0)
     leap: float = setting(8.0, "alarm: as lurch, whatever the size", gt=1)
     stride: float = setting(
         20.0, "alarm, with stride_size: update of one tensor over its weights, in multiples of its usual", gt=1

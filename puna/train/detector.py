@@ -54,6 +54,7 @@ MAX_EVIDENCE = 64
 WINDOW, WINDOW_LEAST = 100, 20  # steps of the robust z; steps below which there is none
 BEYOND = 1e6  # severity of what has no threshold
 USUAL_RATE, USUAL_CUT = 0.05, float(np.log(2))
+STALLED_SLOWER = 10
 LAG_DECAY = 0.9
 
 
@@ -340,11 +341,14 @@ class Detector:
         return np.nan_to_num(lag)
 
     def _learn(self, reading: Reading) -> None:
-        """Move what is usual towards what is, by at most a factor 2 of innovation."""
+        """Move what is usual towards what is, by at most a factor 2 of innovation; where less than half is left of it,
+        slowly: a stall does not become what is usual."""
         for key, mean in self._memory.usual.items():
             newest = np.log(reading.statistics[key])
             known = reading.settled & np.isfinite(newest)
-            step = USUAL_RATE * np.clip(newest - mean, -USUAL_CUT, USUAL_CUT)
+            innovation = newest - mean
+            rate = np.where(innovation < -USUAL_CUT, USUAL_RATE / STALLED_SLOWER, USUAL_RATE)
+            step = rate * np.clip(innovation, -USUAL_CUT, USUAL_CUT)
             mean[known] = np.where(np.isnan(mean), newest, mean + step)[known]
 
     def _run(self, reading: Reading) -> tuple[float, list[Found]]:

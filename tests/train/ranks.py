@@ -1,4 +1,4 @@
-"""Four processes with one process group, started once a session; they run functions that are named by file and name."""
+"""Processes with one process group, started once a session; they run functions that are named by file and name."""
 
 import importlib.util
 import inspect
@@ -12,18 +12,17 @@ from processes import context
 
 from puna.train.launch import die_with
 
-SIZE = 4
 SECONDS = 60
 
 
 class Ranks:
     """`ranks(function, *arguments)` runs it on every rank and returns the results by rank."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int) -> None:
         self.ends, self.processes = [], []
-        for rank in range(SIZE):
+        for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=serve, args=(there, rank, str(folder / "store")), daemon=True)
+            process = context.Process(target=serve, args=(there, rank, size, str(folder / "store")), daemon=True)
             process.start()
             self.ends.append(here)
             self.processes.append(process)
@@ -39,7 +38,7 @@ class Ranks:
                 failed, answers[rank] = waiting.pop(rank).recv()
                 assert not failed, f"rank {rank}: {answers[rank]}"
             assert ready, f"ranks {sorted(waiting)} do not answer"
-        return [answers[rank] for rank in range(SIZE)]
+        return [answers[rank] for rank in range(len(self.ends))]
 
     def close(self) -> None:
         for end in self.ends:
@@ -49,16 +48,16 @@ class Ranks:
             process.kill()
 
 
-def serve(end: Connection, rank: int, store: str) -> None:
+def serve(end: Connection, rank: int, size: int, store: str) -> None:
     die_with(os.getppid())
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE), "PUNA_STORE": store}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "PUNA_STORE": store}
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
 
     from puna.train import mesh
 
     torch.set_num_threads(1)
-    mesh.join_group(rank, SIZE, torch.device("cpu"))
+    mesh.join_group(rank, size, torch.device("cpu"))
     modules: dict[str, Any] = {}
     while job := end.recv():
         file, name, arguments = job

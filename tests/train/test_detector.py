@@ -163,6 +163,22 @@ def test_a_lurch_is_large_and_unusual() -> None:
     assert settled().go(1, everywhere=True, update_ratio=0.006).score == pytest.approx(6 / 8), "unusual, not large"
 
 
+def test_a_stall_does_not_become_what_is_usual() -> None:
+    """Updates that come back to three times what they were are no leap, however small they were meanwhile."""
+    course = settled()
+    course.go(150, everywhere=True, update_ratio=1e-6)
+    assert course.go(1, everywhere=True, update_ratio=3e-3).state == "calm"
+    assert course.go(1, everywhere=True, update_ratio=3e-2).state == "alarm"
+
+
+def test_what_sinks_slowly_becomes_usual() -> None:
+    """A rate that decays to a twentieth in 300 steps, and is back at once."""
+    course = settled()
+    for step in range(300):
+        course.go(1, everywhere=True, update_ratio=1e-3 * 20 ** (-step / 300))
+    assert course.go(1, everywhere=True, update_ratio=1e-3).state == "alarm"
+
+
 def test_a_chorus_is_large_and_unusual() -> None:
     course = Course()
     course.go(60, everywhere=True, u_rms=0.5)

@@ -18,6 +18,7 @@ from puna.train.health import HealthMonitor
 VOCABULARY, BATCH = 42, 16
 STALLED = range(45)  # steps in which the gradients of the blocks are as good as nothing
 NUM_STEPS = 60
+FOUR = [("ranks", "fully"), ("ranks", "hybrid")]
 
 
 class Model(nn.Module):
@@ -39,7 +40,7 @@ class Model(nn.Module):
 
 
 def sharded(how: str) -> Model:
-    """fully: over 4 ranks; hybrid: 2 copies over 2 ranks each; columns: matrices cut on their second dim."""
+    """fully: over all ranks; hybrid: 2 copies over 2 ranks each; columns: matrices cut on their second dim."""
     model = Model().double()
     if how == "plain":
         return model
@@ -93,8 +94,11 @@ def of_kind(result: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
     return [record for record in result["records"] if record["event"] in kinds]
 
 
-@pytest.mark.parametrize("how", ["fully", "hybrid", "columns"])
-def test_sharded_statistics_and_verdicts_are_those_of_one_process(how: str, ranks: Any) -> None:
+@pytest.mark.parametrize(("group", "how"), [("pair", "fully"), ("pair", "columns"), *FOUR, ("ranks", "columns")])
+def test_sharded_statistics_and_verdicts_are_those_of_one_process(
+    group: str, how: str, request: pytest.FixtureRequest
+) -> None:
+    ranks = request.getfixturevalue(group)
     wanted = course("plain", act=False)
     assert [record["state"] for record in of_kind(wanted, "health_change")][-1] == "alarm"
     for result in ranks(course, how, False):
@@ -115,8 +119,9 @@ def test_sharded_statistics_and_verdicts_are_those_of_one_process(how: str, rank
             np.testing.assert_allclose(result["state"][name], values, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("how", ["fully", "hybrid"])
-def test_sharded_actions_are_those_of_one_process(how: str, ranks: Any) -> None:
+@pytest.mark.parametrize(("group", "how"), [("pair", "fully"), *FOUR])
+def test_sharded_actions_are_those_of_one_process(group: str, how: str, request: pytest.FixtureRequest) -> None:
+    ranks = request.getfixturevalue(group)
     wanted = course("plain", act=True)
     actions = of_kind(wanted, "health_action")
     assert actions, "the controller acts on this course"
