@@ -160,3 +160,27 @@ def _self_adversarial(s: Any, t: Any, weight: Any, margin: Any, temperature: Any
         total += share * (max(x, _ZERO) + math.log1p(small))
         t[j] = share * (_ONE if x > _ZERO else small) / (_ONE + small)
     return weight * _softplus(-margin - s) + total, _F(-weight * _sigmoid(-margin - s))
+
+
+@kernel
+def softmax_rows(scores: Any, starts: Any, true: Any, weights: Any) -> float:
+    """Rows of scores against everything become slopes; the loss sum. Row q's true columns, with their weights, stand at
+    starts[q]:starts[q + 1] of `true`; they are candidates as well, each for the others and for itself."""
+    loss = 0.0
+    for q in range(scores.shape[0]):
+        row = scores[q]
+        top, mass, whole, own = _largest(row), _ZERO, _ZERO, 0.0
+        for n in range(starts[q], starts[q + 1]):
+            whole += weights[n]
+            own += float(weights[n]) * row[true[n]]
+        for j in range(row.shape[0]):
+            e = exp32(row[j] - top)
+            row[j] = e
+            mass += e
+        scale = whole / mass
+        for j in range(row.shape[0]):
+            row[j] *= scale
+        for n in range(starts[q], starts[q + 1]):
+            row[true[n]] -= weights[n]
+        loss += float(whole) * (math.log(mass) + top) - own
+    return loss

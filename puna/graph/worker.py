@@ -228,7 +228,7 @@ class Worker:
     def _regularise(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> None:
         weight, paired = self.config.n3, self.config.operator in PAIRED
         for side in (self.heads, self.tails):
-            operators.add_n3(paired, weight, side.near.numpy(), weights, side.near_grads.numpy())
+            operators.add_n3(paired, weight * len(sides), side.near.numpy(), weights, side.near_grads.numpy())
         if self.config.operator == "rotation":
             return
         names = self.relation_unique[: self.num_relations]

@@ -101,7 +101,7 @@ def naive_n3(config, vectors, relations, edges, weights):
     paired = config.operator in ("complex_diagonal", "rotation")
     total = torch.zeros((), dtype=torch.float64)
     for h, r, t, w in zip(edges.heads, edges.relations, edges.tails, weights, strict=True):
-        total = total + w * (cubes(vectors[h], paired) + cubes(vectors[t], paired))
+        total = total + w * len(relations) * (cubes(vectors[h], paired) + cubes(vectors[t], paired))
         if config.operator not in ("rotation", "none"):
             total = total + w * sum(cubes(table[r], paired) for table in relations)
     return config.n3 * total
