@@ -80,7 +80,7 @@ def _pbg(config: dict[str, Any], **more: Any) -> dict[str, Any]:
 SHAPES = {
     "complex": Shape(
         GraphConfig(**COMPLEX, share_negs=0),
-        60_000,
+        30_000,
         "pbg",
         _pbg(COMPLEX, comparator="dot", loss_fn="softmax", regularization_coef=1e-3),
     ),
@@ -92,12 +92,12 @@ SHAPES = {
     ),
     "pykeen_complex": Shape(
         GraphConfig(**FEW),
-        60_000,
+        30_000,
         "pykeen",
         {"embedding_dim": 200, "num_negs_per_pos": 10, "batch_size": 1024, "lr": 1e-3},
     ),
-    "complex_unshared": Shape(GraphConfig(**COMPLEX, share_negs=1), 60_000),
-    "transe_unshared": Shape(GraphConfig(**TRANSE, share_negs=1), NUM_EDGES),
+    "complex_unshared": Shape(GraphConfig(**COMPLEX, share_negs=1), 30_000),
+    "transe_unshared": Shape(GraphConfig(**TRANSE), NUM_EDGES),
 }
 RATIOS = {"complex": "ratio_pbg_complex", "transe": "ratio_pbg_transe", "pykeen_complex": "ratio_pykeen_complex"}
 

@@ -128,7 +128,7 @@ def pykeen(job: Job) -> list[float]:
     if job["out"]:
         with torch.no_grad():
             nodes, relations = (
-                torch.view_as_real(found[0](indices=None).resolve_conj())
+                torch.view_as_real(found[0](indices=None).detach())
                 for found in (model.entity_representations, model.relation_representations)
             )
         flat = {name: torch.cat(x.unbind(-1), dim=1).numpy() for name, x in (("nodes", nodes), ("tail", relations))}
