@@ -4,8 +4,8 @@
     python bench/graph_quality.py fb15k-complex --data fb15k --runs runs/quality --seeds 0,1,2 --out RESULT.json
 
 The same command again goes on where it was stopped. --minutes ends it after about so long (at the end of an epoch) with
-exit status 75, so that a long job can be cut into pieces. What follows `--` is passed to `puna train`. Seconds are those
-of training alone, memory the largest that the training process had; the last line of stdout is JSON.
+exit status 75, so that a long job can be cut into pieces. What follows `--` is passed to `puna train`. Seconds are of
+training alone, memory the largest that the training process had; the last line of stdout is JSON.
 """
 
 import argparse

@@ -6,12 +6,12 @@
 Shapes. complex: PyTorch-BigGraph's FB15k example, ComplEx of 400 numbers, softmax, N3, batches of 1,000 edges, 1,000
 uniform and 50 same-batch negatives a side; ours draws the uniform ones once a batch, the peer once for 50 edges.
 transe: a translation of 100 numbers under cosine and ranking loss, 50 + 50 negatives. pykeen_complex: ComplEx of 400
-numbers, 10 negatives an edge (ours: 5 uniform and 4 of the batch for each side), PyKEEN's batches of 1,024 and its Adam.
+numbers, 10 negatives an edge (ours: 5 uniform and 4 of the batch for each side), PyKEEN's batches of 1,024 and Adam.
 NAME_unshared: our own with a draw for every chunk of 50 edges. Without --data the graph is random, of FB15k's sizes.
 
-A round runs every shape once, ours and then its peer, as many workers as cores; each runs over the same edges twice, and
-the second pass counts, by its own clock (PyTorch-BigGraph's is in its log; neither counts its start). ratio_NAME: median
-over rounds of ours over the peer's. gflops: what our products do, complex; matrix_gflops: torch's own matrix product.
+A round runs every shape once, ours and then its peer, as many workers as cores; each runs over the same edges twice,
+and the second pass counts, by its own clock (PyTorch-BigGraph's is in its log; neither counts its start). ratio_NAME:
+median over rounds of ours over the peer's. gflops: what our products do, complex; matrix_gflops: torch's own.
 
 --mrr-epochs N: both sides then train N epochs on all edges, and the filtered MRR of test edges is told of both, ranked
 by the same code.
@@ -174,7 +174,9 @@ class Peers:
             raise SystemExit(f"{shape.peer} ended with {done.returncode}:\n{done.stderr[-3000:]}")
         seconds: list[float] = json.loads(done.stdout.splitlines()[-1])["seconds"]
         if len(seconds) != epochs:
-            raise SystemExit(f"{shape.peer} told the time of {len(seconds)} epochs, not {epochs}:\n{done.stdout[-3000:]}")
+            raise SystemExit(
+                f"{shape.peer} told the time of {len(seconds)} epochs, not {epochs}:\n{done.stdout[-3000:]}"
+            )
         return seconds
 
 

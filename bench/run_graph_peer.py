@@ -122,9 +122,7 @@ def pykeen(job: Job) -> list[float]:
         negative_sampler_kwargs={"num_negs_per_pos": settings["num_negs_per_pos"]},
     )
     began = time.perf_counter()
-    loop.train(
-        factory, num_epochs=job["epochs"], batch_size=settings["batch_size"], use_tqdm=False, callbacks=Epochs()
-    )
+    loop.train(factory, num_epochs=job["epochs"], batch_size=settings["batch_size"], use_tqdm=False, callbacks=Epochs())
     if job["out"]:
         with torch.no_grad():
             nodes, relations = (

@@ -38,7 +38,7 @@ class GraphConfig(Section):
     temperature: float = setting(1.0, "self_adversarial: how sharply hard negatives are preferred", ge=1e-3)
     n3: float = setting(
         0.0,
-        "weight of the cubed moduli of head, relation and tail (N3) for each guess of an edge (reciprocal: two); 0: none",
+        "weight of the cubed moduli of head, relation and tail (N3), for each guess of an edge (reciprocal: two)",
         ge=0,
     )
     init_scale: float = setting(1e-3, "deviation of fresh vectors", gt=0)

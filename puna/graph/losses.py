@@ -83,8 +83,9 @@ def _sigmoid(x: float) -> float:
 
 @kernel
 def row_loss(code: int, s: Any, near: Any, far: Any, count: int, weight: Any, margin: Any, temperature: Any) -> Any:
-    """Loss of one row times `weight`, and its derivative by s. near and far, the negatives' scores in two pieces, become
-    the derivatives by them. count: negatives that are not masked.
+    """Loss of one row times `weight`, and its derivative by s; near and far, its negatives' scores, become those by them.
+
+    count: negatives that are not masked.
     """
     if count == 0:
         _scale(near, _ZERO)

@@ -11,7 +11,6 @@ table, which is never copied; its gradient is as large as the table.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt

@@ -189,9 +189,11 @@ class Worker:
         return loss
 
     def _compared(self) -> list[tuple[Floats, Floats]]:
-        """Slots that are compared, and their gradients: where a chunk's nodes stand among the drawn ones, only those."""
+        """Slots that are compared, and their gradients: where a chunk's nodes stand among the drawn, only those."""
         if self.config.merges and self.pairs[0].by_products:
-            return [(_flat(c.far).numpy(), _flat(c.far_grads).numpy()) for c in (self.tails.compared, self.heads.compared)]
+            return [
+                (_flat(c.far).numpy(), _flat(c.far_grads).numpy()) for c in (self.tails.compared, self.heads.compared)
+            ]
         return [(self.vectors.numpy(), self.grads.numpy())]
 
     def _guess_by_one_operator(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> float:

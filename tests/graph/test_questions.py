@@ -61,17 +61,13 @@ def naive(config, side, known, guessed, table, edges):
 
 def make(config, num_edges, seed=0):
     rng = np.random.default_rng(seed)
-    parts = [
-        Part(rng.normal(size=(n, config.dim)).astype("f4"), np.zeros(n, "f4")) for n in (NUM_NODES, NUM_NODES - 4)
-    ]
+    parts = [Part(rng.normal(size=(n, config.dim)).astype("f4"), np.zeros(n, "f4")) for n in (NUM_NODES, NUM_NODES - 4)]
     row = operators.identity(config.operator, config.dim)
     sides = []
     for _ in range(2):
         table = np.tile(row, (NUM_RELATIONS, 1)) + rng.normal(size=(NUM_RELATIONS, len(row))) * 0.3
         sides.append(Relations(table.astype("f4"), np.zeros_like(table, "f4")))
-    heads, relations, tails = (
-        rng.integers(n, size=num_edges).astype("i4") for n in (5, NUM_RELATIONS, NUM_NODES - 4)
-    )
+    heads, relations, tails = (rng.integers(n, size=num_edges).astype("i4") for n in (5, NUM_RELATIONS, NUM_NODES - 4))
     return parts, sides, Edges(heads, relations, tails, (rng.random(num_edges) + 0.5).astype("f4"))
 
 
@@ -181,9 +177,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     part.vectors[2, 1] = np.nan
     before, table = part.vectors.copy(), sides[0].table.copy()
     batch = next(b for b in cut(edges, 40, np.random.default_rng(0)) if b.side == 0)
-    _, bad = QuestionWorker(config, NUM_RELATIONS, NUM_NODES).train(
-        batch, edges, 1, part, part, sides, Rates(0.1, 0.1)
-    )
+    _, bad = QuestionWorker(config, NUM_RELATIONS, NUM_NODES).train(batch, edges, 1, part, part, sides, Rates(0.1, 0.1))
     assert bad > 0
     np.testing.assert_array_equal(part.vectors, before)
     np.testing.assert_array_equal(sides[0].table, table)
