@@ -83,7 +83,7 @@ def _sigmoid(x: float) -> float:
 
 @kernel
 def row_loss(code: int, s: Any, near: Any, far: Any, count: int, weight: Any, margin: Any, temperature: Any) -> Any:
-    """Loss of one row times `weight`, and its derivative by s; near and far, its negatives' scores, become those by them.
+    """Loss of one row times `weight`, and its derivative by s; near and far, negatives' scores, become those by them.
 
     count: negatives that are not masked.
     """
