@@ -237,7 +237,7 @@ def main() -> None:
     """Alternate the shapes and the peers; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print JSON only on stdout")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="0: only --mrr-epochs")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="workers")
     parser.add_argument("--shapes", default=",".join(SHAPES), help="which, by commas")
     parser.add_argument("--peer", type=Path, help="a checkout of PyTorch-BigGraph")
@@ -253,7 +253,9 @@ def main() -> None:
     if args.peer and not args.peer_python and (args.peer / ".venv/bin/python").exists():
         pbg_python = str(args.peer / ".venv/bin/python")
     peers = Peers(args.peer, pbg_python, args.pykeen, sizes)
-    result = timed(args, peers, graph.edges("train") if graph else random_edges())
+    result: dict[str, Any] = {}
+    if args.rounds:
+        result = timed(args, peers, graph.edges("train") if graph else random_edges())
     if graph and args.mrr_epochs:
         names = [name for name in args.shapes.split(",") if peers.has(SHAPES[name])]
         result["mrr"] = {name: compare_mrr(name, peers, graph, args) for name in names}

@@ -341,6 +341,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     np.testing.assert_array_equal(part.vectors[worker.rows[0]], before[worker.rows[0]])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_relation_whose_gradient_is_not_finite_stays_as_it_is(value):
+    table, sums, grads = np.ones((3, 6), "f4"), np.zeros((3, 6), "f4"), np.ones((2, 6), "f4")
+    grads[0, 4] = value
+    assert adagrad(table, sums, np.array([2, 0], np.int32), grads, np.float32(0.1)) == 1
+    np.testing.assert_array_equal(table[1:], 1)
+    np.testing.assert_array_equal(sums[1:], 0)
+    np.testing.assert_allclose(table[0], 0.9)
+
+
 def test_an_edge_weight_scales_its_gradient():
     config = config_of(loss="logistic")
     part, sides, edges, worker = make(config, 1)
