@@ -80,24 +80,24 @@ def _pbg(config: dict[str, Any], **more: Any) -> dict[str, Any]:
 SHAPES = {
     "complex": Shape(
         GraphConfig(**COMPLEX, share_negs=0),
-        30_000,
+        20_000,
         "pbg",
         _pbg(COMPLEX, comparator="dot", loss_fn="softmax", regularization_coef=1e-3),
     ),
     "transe": Shape(
         GraphConfig(**TRANSE, share_negs=4),
-        NUM_EDGES,
+        200_000,
         "pbg",
         _pbg(TRANSE, comparator="cos", loss_fn="ranking", margin=0.1),
     ),
     "pykeen_complex": Shape(
         GraphConfig(**FEW),
-        30_000,
+        20_000,
         "pykeen",
         {"embedding_dim": 200, "num_negs_per_pos": 10, "batch_size": 1024, "lr": 1e-3},
     ),
-    "complex_unshared": Shape(GraphConfig(**COMPLEX, share_negs=1), 30_000),
-    "transe_unshared": Shape(GraphConfig(**TRANSE), NUM_EDGES),
+    "complex_unshared": Shape(GraphConfig(**COMPLEX, share_negs=1), 20_000),
+    "transe_unshared": Shape(GraphConfig(**TRANSE), 200_000),
 }
 RATIOS = {"complex": "ratio_pbg_complex", "transe": "ratio_pbg_transe", "pykeen_complex": "ratio_pykeen_complex"}
 
@@ -286,14 +286,13 @@ def timed(args: argparse.Namespace, peers: Peers, edges: Edges) -> dict[str, Any
             seconds, spent = ours.run()
             rates[name].append(len(own) / seconds)
             cpu_rates[name].append(args.threads * len(own) / spent)
+            line = f"round {number + 1}  {name:17s} {rates[name][-1]:10,.0f} edges/s"
             if name in peer_rates:
                 peer_rates[name].append(len(own) / peers.train(shape, own, 2, args.threads)[-1])
+                line += f", {shape.peer} {peer_rates[name][-1]:,.0f}"
+            print(line, file=sys.stderr)
         peaks.append(matrix_rate(args.threads))
-        shown = "  ".join(
-            f"{name} {rates[name][-1]:,.0f}" + (f" / {peer_rates[name][-1]:,.0f}" if name in peer_rates else "")
-            for name in shapes
-        )
-        print(f"round {number + 1}, edges/s: {shown}  matrices {peaks[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr)
+        print(f"round {number + 1}  matrices          {peaks[-1] / 1e9:10.0f} GFLOP/s", file=sys.stderr)
     result: dict[str, Any] = {"matrix_gflops": statistics.median(peaks) / 1e9}
     for name, shape in shapes.items():
         flops = flops_per_edge(shape.config) / 1e9
