@@ -41,8 +41,11 @@ def train(recipe: str, run: Path, data: Path, seed: int, overrides: list[str], u
     try:
         process.wait(max(1.0, until - time.monotonic()))
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        process.wait()
+        pass
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
     if finished(run):
         return True
     if time.monotonic() < until:
@@ -79,6 +82,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after about so long")
     parser.add_argument("--out", type=Path, help="a JSON file for the result")
     args = parser.parse_args(own)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(UNFINISHED))
     until = time.monotonic() + 60 * args.minutes
     seeds = [int(seed) for seed in args.seeds.split(",")]
     runs = {seed: args.runs / f"{Path(args.recipe).stem}-{seed}" for seed in seeds}
