@@ -1,5 +1,7 @@
 # make demo   the main job, from a bare clone           make lint       style, types, floors
 # make test   install, lint, test                       make test-all   the slow tests too
+# make long   a demo of half an hour; with GRAPHS=DIR instead the graph recipes, on the graphs DIR/fb15k, DIR/fb15k-237 and
+#             DIR/wn18rr (`puna graph import`): hours, and the same command goes on where it was stopped
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python -m
@@ -14,8 +16,18 @@ demo: $(VENV)/demo.stamp
 	@echo "figures   runs/demo/summary.json"
 	@echo "chat      $(VENV)/bin/puna serve runs/demo    then open http://127.0.0.1:8000/#continue"
 
+ifdef GRAPHS
+long: $(addprefix long-,fb15k-complex fb15k-transe fb15k-complex-best fb15k-237 wn18rr)
+else
 long: $(VENV)/demo.stamp
 	$(RUN) puna.cli demo --minutes 30 --dir runs/long
+endif
+
+# A recipe by its name, with three seeds; the figures become a file of bench/results.
+SEEDS := 0,1,2
+long-%: $(VENV)/dev.stamp
+	$(VENV)/bin/python bench/graph_quality.py $* --data $(GRAPHS)/$(or $(filter fb15k-237 wn18rr,$*),fb15k) \
+	  --runs runs/quality --seeds $(SEEDS) --out bench/results/graph_$(subst -,_,$*).json
 
 # As many processes as cores, four at most; a file's tests stay in one of them.
 PYTEST := $(RUN) pytest -q -n auto --maxprocesses 4 --dist loadfile

@@ -36,7 +36,11 @@ class GraphConfig(Section):
     loss: Loss = setting("softmax", "of one true edge against its false ones; summed over edges and both sides")
     margin: float = setting(0.1, "of the ranking and self_adversarial losses")
     temperature: float = setting(1.0, "self_adversarial: how sharply hard negatives are preferred", ge=1e-3)
-    n3: float = setting(0.0, "weight of the cubed moduli of the vectors of an edge (N3); 0: none", ge=0)
+    n3: float = setting(
+        0.0,
+        "weight of the cubed moduli of head, relation and tail (N3), for each guess of an edge (reciprocal: two)",
+        ge=0,
+    )
     init_scale: float = setting(1e-3, "deviation of fresh vectors", gt=0)
     max_norm: float = setting(0.0, "longest vector; longer ones are shortened when read; 0: no limit", ge=0)
 
@@ -100,6 +104,12 @@ class GraphConfig(Section):
                 "from; raise one of them, or set graph.all_negs"
             )
         return self
+
+    @property
+    def by_question(self) -> bool:
+        """Whether edges that ask the same share a row of scores: softmax of dot products over every node."""
+        plain = self.comparator == "dot" and not self.bias and not self.max_norm
+        return self.all_negs and self.reciprocal and self.loss == "softmax" and plain
 
     @property
     def chunk_edges(self) -> int:

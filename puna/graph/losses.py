@@ -1,4 +1,4 @@
-"""One true edge against its negatives: losses and their derivatives, a row of scores at a time, in cache.
+"""One true edge against its negatives: losses and their derivatives, a row of scores at a time, in cache and in place.
 
 s is the true edge's score, t_j those of its N negatives, m the margin, p the softmax of temperature x t (no gradient
 flows through it). Sums, not means (PBG sheet; self-adversarial: Sun et al. 2019, equation 5, without its halves).
@@ -65,10 +65,9 @@ def exp32(x: Any) -> Any:
 
 
 @kernel_without_nan
-def _largest(row: Any) -> Any:
-    best = row[0]
+def _largest(row: Any, best: Any) -> Any:
     for j in range(row.shape[0]):
-        best = max(best, row[j])
+        best = row[j] if row[j] > best else best
     return best
 
 
@@ -83,75 +82,114 @@ def _sigmoid(x: float) -> float:
 
 
 @kernel
-def row_loss(code: int, s: Any, t: Any, count: int, weight: Any, margin: Any, temperature: Any) -> Any:
-    """Loss of one row times `weight`, and its derivative by s; t, the negatives' scores, becomes the derivative by t.
+def row_loss(code: int, s: Any, near: Any, far: Any, count: int, weight: Any, margin: Any, temperature: Any) -> Any:
+    """Loss of one row times `weight`, and its derivative by s; near and far, negatives' scores, become those by them.
 
-    count: negatives in t that are not masked.
+    count: negatives that are not masked.
     """
-    n = t.shape[0]
     if count == 0:
-        for j in range(n):
-            t[j] = _ZERO
+        _scale(near, _ZERO)
+        _scale(far, _ZERO)
         return 0.0, _ZERO
     if code == SOFTMAX:
-        return _softmax(s, t, weight)
+        return _softmax(s, near, far, weight)
     if code == RANKING:
-        return _ranking(s, t, weight, margin)
+        return _ranking(s, near, far, weight, margin)
     if code == LOGISTIC:
-        return _logistic(s, t, count, weight)
-    return _self_adversarial(s, t, weight, margin, temperature)
+        return _logistic(s, near, far, count, weight)
+    return _self_adversarial(s, near, far, weight, margin, temperature)
 
 
 @kernel
-def _ranking(s: Any, t: Any, weight: Any, margin: Any) -> Any:
-    total, active = _ZERO, 0
+def _ranking(s: Any, near: Any, far: Any, weight: Any, margin: Any) -> Any:
+    near_sum, near_active = _hinge(near, margin - s, weight)
+    far_sum, far_active = _hinge(far, margin - s, weight)
+    return float(weight) * (near_sum + far_sum), _F(-weight * (near_active + far_active))
+
+
+@kernel
+def _hinge(t: Any, offset: Any, weight: Any) -> Any:
+    total, active = _ZERO, _ZERO
     for j in range(t.shape[0]):
-        excess = margin - s + t[j]
-        hit = excess > _ZERO
-        total += excess if hit else _ZERO
-        active += 1 if hit else 0
-        t[j] = weight if hit else _ZERO
-    return float(weight) * total, _F(-weight * active)
+        excess = offset + t[j]
+        hit = _ONE if excess > _ZERO else _ZERO
+        total += max(excess, _ZERO)
+        active += hit
+        t[j] = weight * hit
+    return total, active
 
 
 @kernel
-def _logistic(s: Any, t: Any, count: int, weight: Any) -> Any:
-    """Sums of logarithms as logarithms of products: one for 64 factors, none of which is above 2."""
-    share, total = _F(weight / count), 0.0
-    for first in range(0, t.shape[0], 64):
-        linear, product = _ZERO, 1.0
-        for j in range(first, min(first + 64, t.shape[0])):
-            x = t[j]
-            small = exp32(-abs(x))
-            linear += max(x, _ZERO)
-            product *= _ONE + small
-            t[j] = share * (_ONE if x > _ZERO else small) / (_ONE + small)
-        total += float(linear) + math.log(product)
+def _logistic(s: Any, near: Any, far: Any, count: int, weight: Any) -> Any:
+    share = _F(weight / count)
+    total = _softplus_rows(near, share) + _softplus_rows(far, share)
     return float(weight) * _softplus(-s) + float(share) * total, _F(-weight * _sigmoid(-s))
 
 
 @kernel
-def _softmax(s: Any, t: Any, weight: Any) -> Any:
-    top = max(_largest(t), s)
+def _softplus_rows(t: Any, share: Any) -> float:
+    """Sums of logarithms as logarithms of products: one for 64 factors, none of which is above 2."""
+    total = 0.0
+    for first in range(0, t.shape[0], 64):
+        piece = t[first : first + 64]
+        linear, product = _ZERO, _ONE
+        for j in range(piece.shape[0]):
+            x = piece[j]
+            small = exp32(-abs(x))
+            linear += max(x, _ZERO)
+            product *= _ONE + small
+            piece[j] = share * (_ONE if x > _ZERO else small) / (_ONE + small)
+        total += float(linear) + math.log(float(product))
+    return total
+
+
+@kernel
+def _exponentials(t: Any, top: Any) -> Any:
+    """t becomes exp(t - top); its sum."""
     total = _ZERO
     for j in range(t.shape[0]):
         e = exp32(t[j] - top)
         t[j] = e
         total += e
-    own = exp32(s - top)
-    total += own
-    scale = weight / total
+    return total
+
+
+@kernel
+def _scale(t: Any, by: Any) -> None:
     for j in range(t.shape[0]):
-        t[j] *= scale
+        t[j] *= by
+
+
+@kernel
+def _softmax(s: Any, near: Any, far: Any, weight: Any) -> Any:
+    top = _largest(far, _largest(near, s))
+    own = exp32(s - top)
+    total = own + _exponentials(near, top) + _exponentials(far, top)
+    scale = weight / total
+    _scale(near, scale)
+    _scale(far, scale)
     return float(weight) * (math.log(total) + top - s), _F(own * scale - weight)
 
 
 @kernel
-def _self_adversarial(s: Any, t: Any, weight: Any, margin: Any, temperature: Any) -> Any:
-    top = _largest(t)
+def _self_adversarial(s: Any, near: Any, far: Any, weight: Any, margin: Any, temperature: Any) -> Any:
+    top = _largest(far, _largest(near, MASKED))
+    mass = _tempered(near, top, temperature) + _tempered(far, top, temperature)
+    total = _weighted(near, top, mass, weight, margin, temperature)
+    total += _weighted(far, top, mass, weight, margin, temperature)
+    return weight * _softplus(-margin - s) + total, _F(-weight * _sigmoid(-margin - s))
+
+
+@kernel
+def _tempered(t: Any, top: Any, temperature: Any) -> Any:
     mass = _ZERO
     for j in range(t.shape[0]):
         mass += exp32(temperature * (t[j] - top))
+    return mass
+
+
+@kernel
+def _weighted(t: Any, top: Any, mass: Any, weight: Any, margin: Any, temperature: Any) -> float:
     total = 0.0
     for j in range(t.shape[0]):
         share = exp32(temperature * (t[j] - top)) * weight / mass
@@ -159,4 +197,23 @@ def _self_adversarial(s: Any, t: Any, weight: Any, margin: Any, temperature: Any
         small = exp32(-abs(x))
         total += share * (max(x, _ZERO) + math.log1p(small))
         t[j] = share * (_ONE if x > _ZERO else small) / (_ONE + small)
-    return weight * _softplus(-margin - s) + total, _F(-weight * _sigmoid(-margin - s))
+    return total
+
+
+@kernel
+def softmax_rows(scores: Any, starts: Any, true: Any, weights: Any) -> float:
+    """Rows of scores against everything become slopes; the loss sum. Row q's true columns, with their weights, stand at
+    starts[q]:starts[q + 1] of `true`; they are candidates as well, each for the others and for itself."""
+    loss = 0.0
+    for q in range(scores.shape[0]):
+        row, whole, own = scores[q], _ZERO, 0.0
+        top = _largest(row, MASKED)
+        for n in range(starts[q], starts[q + 1]):
+            whole += weights[n]
+            own += float(weights[n]) * row[true[n]]
+        mass = _exponentials(row, top)
+        _scale(row, whole / mass)
+        for n in range(starts[q], starts[q + 1]):
+            row[true[n]] -= weights[n]
+        loss += float(whole) * (math.log(mass) + top) - own
+    return loss

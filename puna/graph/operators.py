@@ -141,6 +141,8 @@ def add_n3(paired: bool, weight: Any, values: Any, weights: Any, grads: Any) -> 
     dim = values.shape[1]
     half = dim // 2
     for i in range(weights.shape[0]):
+        if weights[i] == 0:
+            continue
         v, g = values[i], grads[i]
         scale = np.float32(3 * weight * weights[i])
         if paired:

@@ -17,6 +17,7 @@ import numpy as np
 from puna.errors import DiskFull
 from puna.graph.buckets import partition_rows
 from puna.graph.config import GraphConfig
+from puna.graph.questions import worker_bytes
 from puna.graph.scores import BLOCK_BYTES, padded
 from puna.graph.tables import fill_normal
 from puna.graph.worker import Part
@@ -129,4 +130,6 @@ def memory_bytes(config: GraphConfig, num_nodes: int, bucket_edges: int, num_wor
     drawn = rows if config.all_negs else config.num_candidates
     slots = 2 * (size + size // config.group_edges * drawn)
     worker = 8 * slots * config.dim + 16 * size * config.dim + BLOCK_BYTES
+    if config.by_question:
+        worker = worker_bytes(config, rows)
     return held * rows * (4 * config.dim + 4) + num_workers * worker + 24 * bucket_edges

@@ -73,20 +73,21 @@ def to_scores(
 
     own, others[start:]: squared lengths; own_bias, biases[start:]: first numbers. Neither is read where it has no part.
     """
+    out, others, biases = out[at : at + count], others[start : start + count], biases[start : start + count]
     if bias:
-        for j in range(count):
-            out[at + j] -= own_bias * biases[start + j]
+        for j in range(out.shape[0]):
+            out[j] -= own_bias * biases[j]
     if code == SQUARED_L2:
-        for j in range(count):
-            out[at + j] = _TWO * out[at + j] - own - others[start + j]
+        for j in range(out.shape[0]):
+            out[j] = _TWO * out[j] - own - others[j]
     elif code == L2:
-        for j in range(count):
-            lengths = own + others[start + j]
-            square = lengths - _TWO * out[at + j]
-            out[at + j] = -np.sqrt(square) if square > NEAR * lengths else _ZERO
+        for j in range(out.shape[0]):
+            lengths = own + others[j]
+            square = lengths - _TWO * out[j]
+            out[j] = -np.sqrt(square) if square > NEAR * lengths else _ZERO
     if bias:
-        for j in range(count):
-            out[at + j] += own_bias + biases[start + j]
+        for j in range(out.shape[0]):
+            out[j] += own_bias + biases[j]
 
 
 @kernel
@@ -130,34 +131,36 @@ def _pairs_back(code: int, bias: int, a: Any, b: Any, score: Any, slope: Any, da
 
 @kernel
 def _to_slopes_by_products(
-    code: int, bias: int, scores: Any, slopes: Any, own_bias: Any, biases: Any, start: int, count: int, at: int,
-    by_score: Any, by_product: Any,
-) -> Any:  # fmt: skip
-    """Slopes by scores, in slopes[at:], become slopes by products; both are added up by column. Their two sums."""
+    code: int, bias: int, scores: Any, slopes: Any, own_bias: Any, facts: Any, start: int
+) -> Any:
+    """Slopes by scores become slopes by products; both are added up by column, from column `start` of facts on. Their
+    two sums."""
+    end = start + slopes.shape[0]
+    biases, by_score, by_product = facts[1, start:end], facts[2, start:end], facts[3, start:end]
     score_sum, product_sum = _ZERO, _ZERO
     if bias:
-        for j in range(count):
-            score_sum += slopes[at + j]
-            by_score[start + j] += slopes[at + j]
+        for j in range(slopes.shape[0]):
+            score_sum += slopes[j]
+            by_score[j] += slopes[j]
     if code < L2:
         return score_sum, product_sum
-    for j in range(count):
-        slope = _TWO * slopes[at + j]
+    for j in range(slopes.shape[0]):
+        slope = _TWO * slopes[j]
         if code == L2:
-            distance = -scores[at + j]
+            distance = -scores[j]
             if bias:
-                distance += own_bias + biases[start + j]
-            slope = slopes[at + j] / distance if distance > SMALLEST else _ZERO
-        slopes[at + j] = slope
+                distance += own_bias + biases[j]
+            slope = slopes[j] / distance if distance > SMALLEST else _ZERO
+        slopes[j] = slope
         product_sum += slope
-        by_product[start + j] += slope
+        by_product[j] += slope
     return score_sum, product_sum
 
 
 @kernel
 def _lose(
     kinds: Any, scalars: Any, sizes: Any, weights: Any, anchor_facts: Any, positives: Any, near: Any, far: Any,
-    num_far: int, true: Any, slopes: Any, anchor_sums: Any, near_facts: Any, far_facts: Any, scores: Any, t: Any,
+    num_far: int, true: Any, slopes: Any, anchor_sums: Any, near_facts: Any, far_facts: Any, kept: Any,
 ) -> float:  # fmt: skip
     """Losses of a block of rows; `near` (rows, chunk) and `far` (rows, drawn), products, become slopes by products.
 
@@ -166,66 +169,65 @@ def _lose(
     true[row]: the far column that is the true node, where the chunk's are not there, or -1. What is the true node or
     padding is no negative. Under dot and cos the product of a row with its true node, where there is one, gives the
     positive score and takes its slope; `positives` and `slopes` (rows,) hold both. anchor_sums (rows, 2): sums of
-    slopes by scores and by products. Facts (4, N): squared lengths, biases, the same sums by node. scores, t: scratch.
+    slopes by scores and by products. Facts (4, N): squared lengths, biases, the same sums by node. kept: scratch.
     """
     comparator, loss, bias = kinds[0], kinds[1], kinds[2]
     chunk, group, first, first_group, num_chunk = sizes[0], sizes[1], sizes[2], sizes[3], sizes[4]
     plain = comparator < L2 and not bias
     num_near, width = near.shape[1], far.shape[1]
-    num_rows, num_columns = weights.shape[0], num_near + num_far
+    kept_near, kept_far = kept[:num_near], kept[num_near:]
+    num_rows = weights.shape[0]
     total = 0.0
     for r in range(near.shape[0]):
         i = first + r
+        near_row, far_row = near[r], far[r]
         if i >= num_rows:
-            for j in range(num_near):
-                near[r, j] = _ZERO
-            for j in range(width):
-                far[r, j] = _ZERO
+            _fill(near_row, _ZERO)
+            _fill(far_row, _ZERO)
             continue
-        for j in range(num_near):
-            t[j] = near[r, j]
-        for j in range(width):
-            t[num_near + j] = far[r, j]
         chunk_start, far_start = i // chunk * chunk, (first_group + r // group) * width
         own, own_bias = anchor_facts[0, i], anchor_facts[1, i]
         if not plain:
-            to_scores(comparator, bias, own, own_bias, near_facts[0], near_facts[1], chunk_start, num_near, t, 0)
-            to_scores(comparator, bias, own, own_bias, far_facts[0], far_facts[1], far_start, width, t, num_near)
-        count, column = num_columns, i - chunk_start if num_chunk else true[i]
+            to_scores(comparator, bias, own, own_bias, near_facts[0], near_facts[1], chunk_start, num_near, near_row, 0)
+            to_scores(comparator, bias, own, own_bias, far_facts[0], far_facts[1], far_start, width, far_row, 0)
+        own_row = near_row if num_near > 0 else far_row
+        count, column = num_near + num_far, i - chunk_start if num_chunk else true[i]
         if column >= 0:
             if plain:
-                positives[i] = t[column]
-            t[column] = MASKED
+                positives[i] = own_row[column]
+            own_row[column] = MASKED
             count -= 1
         present = min(num_chunk, num_rows - chunk_start)
-        for j in range(present, num_chunk):
-            t[j] = MASKED
+        _fill(own_row[present:num_chunk], MASKED)
         count -= num_chunk - present
-        for j in range(num_columns, t.shape[0]):
-            t[j] = MASKED
+        _fill(far_row[num_far:], MASKED)
         if not plain:
-            for j in range(t.shape[0]):
-                scores[j] = t[j]
-        lost, slopes[i] = row_loss(loss, positives[i], t, count, weights[i], scalars[0], scalars[1])
+            _copy(near_row, kept_near)
+            _copy(far_row, kept_far)
+        lost, slopes[i] = row_loss(loss, positives[i], near_row, far_row, count, weights[i], scalars[0], scalars[1])
         total += lost
         if not plain:
             near_sums = _to_slopes_by_products(
-                comparator, bias, scores, t, own_bias, near_facts[1], chunk_start, num_near, 0, near_facts[2],
-                near_facts[3],
+                comparator, bias, kept_near, near_row, own_bias, near_facts, chunk_start
             )  # fmt: skip
-            far_sums = _to_slopes_by_products(
-                comparator, bias, scores, t, own_bias, far_facts[1], far_start, width, num_near, far_facts[2],
-                far_facts[3],
-            )  # fmt: skip
+            far_sums = _to_slopes_by_products(comparator, bias, kept_far, far_row, own_bias, far_facts, far_start)
             anchor_sums[i, 0] = near_sums[0] + far_sums[0]
             anchor_sums[i, 1] = near_sums[1] + far_sums[1]
         elif column >= 0:
-            t[column] = slopes[i]
-        for j in range(num_near):
-            near[r, j] = t[j]
-        for j in range(width):
-            far[r, j] = t[num_near + j]
+            own_row[column] = slopes[i]
     return total
+
+
+@kernel
+def _fill(out: Any, value: Any) -> None:
+    for j in range(out.shape[0]):
+        out[j] = value
+
+
+@kernel
+def _copy(source: Any, out: Any) -> None:
+    for j in range(out.shape[0]):
+        out[j] = source[j]
 
 
 @kernel
@@ -301,7 +303,7 @@ class Pairs:
         size, dim = anchors.shape
         self.vectors = [x.numpy() for x in (anchors, compared.near, compared.far.view(-1, dim))]
         self.grads = [x.numpy() for x in (anchor_grads, compared.near_grads, compared.far_grads.view(-1, dim))]
-        self.scores, self.t = np.empty((2, self.num_near + self.num_far), np.float32)
+        self.kept = np.empty(self.num_near + self.num_far, np.float32)
         self.positives, self.slopes = np.zeros((2, size), np.float32)
         self.anchor_sums = np.zeros((size, 2), np.float32)
         self.facts = [np.zeros((4, len(vectors)), np.float32) for vectors in self.vectors]
@@ -376,8 +378,7 @@ class Pairs:
             torch.bmm(block.a, block.far_columns, out=block.far_scores)
         total = _lose(
             self.kinds, self.scalars, block.sizes, weights, self.facts[0], self.positives, block.near_rows,
-            block.far_rows, num_far, true, self.slopes, self.anchor_sums, self.facts[1], self.facts[2], self.scores,
-            self.t,
+            block.far_rows, num_far, true, self.slopes, self.anchor_sums, self.facts[1], self.facts[2], self.kept,
         )  # fmt: skip
         if self.num_far:
             torch.bmm(block.far_scores, block.far, out=block.da)

@@ -14,6 +14,7 @@ import numpy as np
 from puna.graph.compiled import exact_kernel, kernel
 
 EPSILON = np.float32(1e-10)
+LARGEST = np.finfo(np.float32).max  # kernels compare with it: LLVM may reorder isfinite, which is x - x == 0, away
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _TO_UNIT = 2.0**-53
 
@@ -124,7 +125,7 @@ def scatter(
         square = _ZERO
         for k in range(dim):
             square += gradient[k] * gradient[k]
-        if not np.isfinite(square):
+        if not square <= LARGEST:
             bad += 1
             continue
         sum_now = sums[row] + square / np.float32(dim)
@@ -133,6 +134,38 @@ def scatter(
         for k in range(dim):
             table[row, k] -= scale * gradient[k]
     return bad
+
+
+@kernel
+def adagrad_rows(table: Any, sums: Any, grads: Any, rate: Any) -> int:
+    """One row-wise Adagrad step of every row; grads[i] is the gradient of row i.
+
+    Returns how many rows had a gradient that is not finite; they are as they were.
+    """
+    dim, bad = table.shape[1], 0
+    for i in range(table.shape[0]):
+        row, gradient = table[i], grads[i]
+        square = _ZERO
+        for k in range(dim):
+            square += gradient[k] * gradient[k]
+        if not square <= LARGEST:
+            bad += 1
+            continue
+        sum_now = sums[i] + square / np.float32(dim)
+        sums[i] = sum_now
+        scale = rate / (np.sqrt(sum_now) + EPSILON)
+        for k in range(dim):
+            row[k] -= scale * gradient[k]
+    return bad
+
+
+@kernel
+def add_rows(into: Any, rows: Any, vectors: Any) -> None:
+    """into[rows[i]] += vectors[i], in turn."""
+    for i in range(rows.shape[0]):
+        row, vector = into[rows[i]], vectors[i]
+        for k in range(vector.shape[0]):
+            row[k] += vector[k]
 
 
 @kernel
@@ -147,7 +180,7 @@ def adagrad(table: Any, sums: Any, rows: Any, grads: Any, rate: Any) -> int:
         square = _ZERO
         for k in range(g.shape[0]):
             square += g[k] * g[k]
-        if not np.isfinite(square):
+        if not square <= LARGEST:
             bad += 1
             continue
         for k in range(g.shape[0]):

@@ -21,6 +21,7 @@ from puna.graph.buckets import Bucket, Buckets, num_swaps, order_buckets
 from puna.graph.config import GraphConfig
 from puna.graph.graph import Edges, Graph
 from puna.graph.partitions import HELD, Table, memory_bytes
+from puna.graph.questions import Questions, QuestionWorker, cut
 from puna.graph.ranking import Scorer, rank
 from puna.graph.worker import Part, Rates, Relations, Worker
 from puna.train.config import ScheduleConfig, TrainConfig
@@ -72,7 +73,7 @@ class GraphTask(Task):
         self.table = Table(run, config, graph.num_nodes, key_of(seed, "nodes"))
         self.relations = fresh_relations(config, graph.num_relations)
         self.best: dict[str, Any] = {"mrr": -1.0, "waited": 0}
-        self._workers: list[Worker] = []
+        self._workers: list[Any] = []  # Worker, or QuestionWorker where the settings allow it
 
     def units(self, cursor: Cursor) -> Iterator[Unit]:
         """Buckets that hold edges, epoch by epoch; ends early where the held-out MRR no longer rises (patience)."""
@@ -164,8 +165,10 @@ class GraphTask(Task):
         order = np.random.default_rng(key_of(self.seed, "edges", unit.epoch, unit.bucket)).permutation(len(edges))
         return edges.take(order[slice(*self._share(unit.bucket, unit.chunk))])
 
-    def _batches(self, unit: Unit, edges: Edges) -> list[Edges]:
+    def _batches(self, unit: Unit, edges: Edges) -> list[Edges] | list[Questions]:
         size = self.config.batch_edges
+        if self.config.by_question:
+            return cut(edges, size, np.random.default_rng(key_of(self.seed, "batches", unit.index)))
         if self.config.reciprocal:
             return [edges.take(slice(start, start + size)) for start in range(0, len(edges), size)]
         edges = edges.take(np.argsort(edges.relations, kind="stable"))
@@ -178,19 +181,20 @@ class GraphTask(Task):
         """All batches of a unit by all workers; the loss sum, not finite where a gradient was not."""
         if not self._workers:
             rows = self.table.rows(0)
-            self._workers = [Worker(self.config, self.graph.num_relations, rows) for _ in range(self.num_workers)]
+            kind = QuestionWorker if self.config.by_question else Worker
+            self._workers = [kind(self.config, self.graph.num_relations, rows) for _ in range(self.num_workers)]
         batches = self._batches(unit, edges)
         todo, lock = iter(range(len(batches))), threading.Lock()
         losses = [0.0] * len(batches)
 
-        def work(worker: Worker) -> None:
+        def work(worker: Any) -> None:
             torch.set_num_threads(1)
             while True:
                 with lock:
                     n = next(todo, None)
                 if n is None:
                     return
-                rates = self._rates(unit.tokens + n * self.config.batch_edges)
+                rates = self._rates(unit.tokens + n * len(edges) // len(batches))
                 key = key_of(self.seed, unit.index, n)
                 loss, bad = worker.train(batches[n], edges, key, head_part, tail_part, self.relations, rates)
                 losses[n] = math.nan if bad else loss

@@ -175,18 +175,26 @@ class Worker:
         for n, relations in enumerate(sides):
             operators.operate(self.code, known[n].near.numpy(), edges.relations, relations.table, anchors[n])
             anchors[n, len(edges) :] = 0
-        vectors = self.vectors.numpy()
-        prepare(self.comparator, self.bias, vectors, self.lengths[0])
-        prepare(self.comparator, self.bias, flat, self.lengths[1])
+        prepared = [(flat, flat_grads), *self._compared()]
+        for lengths, (vectors, _) in zip(self.lengths, prepared, strict=False):
+            prepare(self.comparator, self.bias, vectors, lengths)
         loss = sum(self._lose(n, weights, guessed[n].rows) for n in range(2))
-        restore(self.comparator, self.bias, vectors, self.lengths[0], self.grads.numpy())
-        restore(self.comparator, self.bias, flat, self.lengths[1], flat_grads)
+        for lengths, (vectors, own) in zip(self.lengths, prepared, strict=False):
+            restore(self.comparator, self.bias, vectors, lengths, own)
         for n, relations in enumerate(sides):
             operators.operate_back(
                 self.code, known[n].near.numpy(), edges.relations, relations.table, self.relation_slots, grads[n],
                 known[n].near_grads.numpy(), self.relation_grads[n],
             )  # fmt: skip
         return loss
+
+    def _compared(self) -> list[tuple[Floats, Floats]]:
+        """Slots that are compared, and their gradients: where a chunk's nodes stand among the drawn, only those."""
+        if self.config.merges and self.pairs[0].by_products:
+            return [
+                (_flat(c.far).numpy(), _flat(c.far_grads).numpy()) for c in (self.tails.compared, self.heads.compared)
+            ]
+        return [(self.vectors.numpy(), self.grads.numpy())]
 
     def _guess_by_one_operator(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> float:
         heads, turned, bias = self.heads, self.turned, self.bias
@@ -228,7 +236,7 @@ class Worker:
     def _regularise(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> None:
         weight, paired = self.config.n3, self.config.operator in PAIRED
         for side in (self.heads, self.tails):
-            operators.add_n3(paired, weight, side.near.numpy(), weights, side.near_grads.numpy())
+            operators.add_n3(paired, weight * len(sides), side.near.numpy(), weights, side.near_grads.numpy())
         if self.config.operator == "rotation":
             return
         names = self.relation_unique[: self.num_relations]

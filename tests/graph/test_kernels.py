@@ -101,7 +101,7 @@ def naive_n3(config, vectors, relations, edges, weights):
     paired = config.operator in ("complex_diagonal", "rotation")
     total = torch.zeros((), dtype=torch.float64)
     for h, r, t, w in zip(edges.heads, edges.relations, edges.tails, weights, strict=True):
-        total = total + w * (cubes(vectors[h], paired) + cubes(vectors[t], paired))
+        total = total + w * len(relations) * (cubes(vectors[h], paired) + cubes(vectors[t], paired))
         if config.operator not in ("rotation", "none"):
             total = total + w * sum(cubes(table[r], paired) for table in relations)
     return config.n3 * total
@@ -339,6 +339,16 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     _, bad = worker.train(edges, edges, 1, part, part, sides, Rates(0.1, 0.1))
     assert bad > 0
     np.testing.assert_array_equal(part.vectors[worker.rows[0]], before[worker.rows[0]])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_relation_whose_gradient_is_not_finite_stays_as_it_is(value):
+    table, sums, grads = np.ones((3, 6), "f4"), np.zeros((3, 6), "f4"), np.ones((2, 6), "f4")
+    grads[0, 4] = value
+    assert adagrad(table, sums, np.array([2, 0], np.int32), grads, np.float32(0.1)) == 1
+    np.testing.assert_array_equal(table[1:], 1)
+    np.testing.assert_array_equal(sums[1:], 0)
+    np.testing.assert_allclose(table[0], 0.9)
 
 
 def test_an_edge_weight_scales_its_gradient():

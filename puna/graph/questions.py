@@ -1,0 +1,159 @@
+"""Softmax over every node, a row of scores for each question: what (known node, relation) leads to, on one side.
+
+Edges that ask the same share the row. With W their weights' sum, p the row's softmax and w_i an edge's weight:
+
+    loss = sum_i w_i (log sum_j exp(t_j) - t_true(i))        slope of t_j = W p_j - sum of w_i over edges true at j
+
+This is what `Worker` computes edge by edge under all_negs, at the price of the distinct questions of a batch: a batch
+is of one side, and its edges are chosen so that questions stay whole. Scores are products with the partition's own
+table, which is never copied; its gradient is as large as the table.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from puna.graph import operators
+from puna.graph.config import PAIRED, GraphConfig
+from puna.graph.graph import Edges
+from puna.graph.losses import softmax_rows
+from puna.graph.tables import adagrad, adagrad_rows, add_rows, gather, number, scatter
+from puna.graph.worker import Part, Rates, Relations
+
+ROWS = 512
+"""Questions whose scores are in memory at once."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A batch: Q questions of one side and their E answers, those of question q at starts[q]:starts[q + 1]."""
+
+    side: int  # 0: tails are guessed, 1: heads
+    nodes: npt.NDArray[np.int32]  # (Q,) known nodes
+    relations: npt.NDArray[np.int32]  # (Q,)
+    starts: npt.NDArray[np.int64]  # (Q + 1,)
+    true: npt.NDArray[np.int32]  # (E,)
+    weights: npt.NDArray[np.float32]  # (E,)
+
+
+def cut(edges: Edges, size: int, rng: np.random.Generator) -> list[Questions]:
+    """Every edge once for each side, in batches of about `size` edges and never more questions; in random order."""
+    batches = [batch for side in range(2) for batch in _cut_side(edges, side, size, rng)]
+    return [batches[n] for n in rng.permutation(len(batches))]
+
+
+def _cut_side(edges: Edges, side: int, size: int, rng: np.random.Generator) -> list[Questions]:
+    known, true = (edges.heads, edges.tails) if side == 0 else (edges.tails, edges.heads)
+    asked = known.astype(np.int64) * (int(edges.relations.max()) + 1) + edges.relations
+    distinct, which = np.unique(asked, return_inverse=True)
+    place = rng.permutation(len(distinct))[which]
+    order = np.argsort(place, kind="stable")
+    weights = np.ones(len(edges), np.float32) if edges.weights is None else edges.weights
+    starts = np.flatnonzero(np.diff(place[order], prepend=-1))
+    ends = np.append(starts[1:], len(edges))
+    cuts = np.flatnonzero(np.diff(starts // size)) + 1
+    batches = []
+    for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(starts)], strict=True):
+        rows = order[starts[first] : ends[last - 1]]
+        askers = order[starts[first:last]]
+        own = np.append(starts[first:last], ends[last - 1]) - starts[first]
+        batch = Questions(side, known[askers], edges.relations[askers], own, true[rows], weights[rows])
+        batches.append(batch)
+    return batches
+
+
+def worker_bytes(config: GraphConfig, num_rows: int) -> int:
+    """What one worker takes: the table's gradient, scores of a block, and vectors of a batch's questions."""
+    return 4 * (num_rows * config.dim + ROWS * num_rows + (config.batch_edges + 3 * ROWS) * config.dim)
+
+
+class QuestionWorker:
+    """Trains batches of questions. Several work on the same tables without locks (HOGWILD)."""
+
+    def __init__(self, config: GraphConfig, num_relations: int, num_rows: int) -> None:
+        """num_rows: nodes of the largest partition."""
+        self.config, dim = config, config.dim
+        self.code, self.paired = operators.CODES[config.operator], config.operator in PAIRED
+        self.grads = torch.zeros(num_rows, dim)
+        self.scores = torch.empty(ROWS, num_rows)
+        self.known, self.anchors, self.anchor_grads = torch.zeros(3, ROWS, dim).unbind()
+        self.known_grads = np.zeros((config.batch_edges, dim), np.float32)
+        self.relation_slots = np.full(num_relations, -1, np.int32)
+        self.relation_unique = np.empty(min(num_relations, config.batch_edges), np.int32)
+        num_parameters = operators.num_parameters(config.operator, dim)
+        self.relation_grads = np.zeros((len(self.relation_unique), num_parameters), np.float32)
+        self.first, self.following = np.full(num_rows, -1, np.int32), np.empty(config.batch_edges, np.int32)
+        self.unique, self.total = np.empty(config.batch_edges, np.int32), np.empty(dim, np.float32)
+
+    def train(
+        self, batch: Questions, pool: Edges, key: int, head_part: Part, tail_part: Part, sides: Sequence[Relations],
+        rates: Rates,
+    ) -> tuple[float, int]:  # fmt: skip
+        """One update; the loss sum, and the rows whose gradient was not finite and was not applied.
+
+        pool and key have no part here: nothing is drawn.
+        """
+        known, guessed = (head_part, tail_part) if batch.side == 0 else (tail_part, head_part)
+        relations = sides[batch.side]
+        loss = self.differentiate(batch, known, guessed, relations)
+        num_questions, names = len(batch.nodes), self.relation_unique[: self.num_relations]
+        bad, rate = 0, np.float32(rates.nodes)
+        if known is guessed:
+            add_rows(self.grads.numpy(), batch.nodes, self.known_grads)
+        else:
+            bad += scatter(
+                known.vectors, known.sums, batch.nodes, self.known_grads[:num_questions], rate, self.first,
+                self.following, self.unique, self.total,
+            )  # fmt: skip
+        bad += adagrad_rows(guessed.vectors, guessed.sums, self.grads.numpy(), rate)
+        bad += adagrad(relations.table, relations.sums, names, self.relation_grads, np.float32(rates.relations))
+        return loss, bad
+
+    def differentiate(self, batch: Questions, known: Part, guessed: Part, relations: Relations) -> float:
+        """The loss sum; gradients of the guessed partition are in `grads` by row, of the known nodes in `known_grads`
+        by question, of the relations in `relation_grads`."""
+        num_questions = len(batch.nodes)
+        self.num_relations = number(batch.relations, self.relation_slots, self.relation_unique)
+        self.relation_grads[: self.num_relations] = 0
+        self.known_grads[:num_questions] = 0
+        table, loss = torch.from_numpy(guessed.vectors), 0.0
+        for start in range(0, num_questions, ROWS):
+            loss += self._block(batch, slice(start, min(start + ROWS, num_questions)), known, table, relations)
+        if self.config.n3:
+            self._regularise(batch, known, guessed, relations)
+        self.relation_slots[self.relation_unique[: self.num_relations]] = -1
+        return loss
+
+    def _block(self, batch: Questions, own: slice, known: Part, table: torch.Tensor, relations: Relations) -> float:
+        """Three products: scores, gradients of anchors, gradients of candidates (added up over blocks)."""
+        count, grads = own.stop - own.start, self.grads[: len(table)]
+        nodes, names = batch.nodes[own], batch.relations[own]
+        vectors, anchors = self.known[:count], self.anchors[:count]
+        scores, anchor_grads = self.scores.view(-1)[: count * len(table)].view(count, -1), self.anchor_grads[:count]
+        gather(known.vectors, nodes, np.float32(0), vectors.numpy())
+        operators.operate(self.code, vectors.numpy(), names, relations.table, anchors.numpy())
+        torch.mm(anchors, table.T, out=scores)
+        starts = batch.starts[own.start : own.stop + 1]
+        loss = float(softmax_rows(scores.numpy(), starts, batch.true, batch.weights))
+        torch.mm(scores, table, out=anchor_grads)
+        torch.addmm(grads, scores.T, anchors, beta=int(own.start > 0), out=grads)
+        operators.operate_back(
+            self.code, vectors.numpy(), names, relations.table, self.relation_slots, anchor_grads.numpy(),
+            self.known_grads[own], self.relation_grads,
+        )  # fmt: skip
+        return loss
+
+    def _regularise(self, batch: Questions, known: Part, guessed: Part, relations: Relations) -> None:
+        """N3 of every edge's known node, relation and true node (Lacroix et al. 2018, equation 5)."""
+        weight = self.config.n3
+        totals = np.add.reduceat(batch.weights, batch.starts[:-1])
+        operators.add_n3(self.paired, weight, known.vectors[batch.nodes], totals, self.known_grads)
+        by_node = np.bincount(batch.true, batch.weights, len(guessed.vectors)).astype(np.float32)
+        operators.add_n3(self.paired, weight, guessed.vectors, by_node, self.grads.numpy())
+        if self.config.operator != "rotation":
+            names = self.relation_unique[: self.num_relations]
+            by_relation = np.bincount(self.relation_slots[batch.relations], totals, len(names)).astype(np.float32)
+            operators.add_n3(self.paired, weight, relations.table[names], by_relation, self.relation_grads)
