@@ -137,7 +137,7 @@ class Exchange:
         payload = torch.cat(outgoing) if outgoing else torch.empty(0, dtype=torch.uint8)
         work = self._send(arrived, payload, out_splits, in_splits)
 
-        def finish() -> Tensor:
+        def finish(lives: Tensor = payload) -> Tensor:
             if work is not None:
                 work.wait()
             return self._decode(arrived.numpy(), sizes, received, wire, kept, x, sent)
@@ -154,7 +154,7 @@ class Exchange:
         arrived = x.new_empty(sum(counts[0]))
         work = dist.all_to_all_single(arrived, x, *counts, group=self.group, async_op=True)
 
-        def finish() -> Tensor:
+        def finish(lives: Tensor = x) -> Tensor:
             work.wait()
             return arrived
 
@@ -163,9 +163,7 @@ class Exchange:
     def _send(self, arrived: Tensor, payload: Tensor, out_splits: list[int], in_splits: list[int]) -> Any:
         if self.size == 1:
             return None
-        work = dist.all_to_all_single(arrived, payload, out_splits, in_splits, group=self.group, async_op=True)
-        work.payload = payload  # lives until it is sent
-        return work
+        return dist.all_to_all_single(arrived, payload, out_splits, in_splits, group=self.group, async_op=True)
 
     def _sizes(
         self,

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,8 +68,9 @@ def import_clicks(
     if options.valid_share + options.test_share >= 1:
         raise DataError("the valid and test shares leave nothing to train on", "Lower --valid-share or --test-share.")
     sources = [(split, Path(path)) for split in ("train", "valid", "test") for path in files.get(split, ())]
-    stage = _Stage(out / "importing", sources, layout, options)
-    stage.read_all()
+    with ExitStack() as stack:
+        stage = _Stage(out / "importing", sources, layout, options, stack)
+        stage.read_all()
     facts = _finish(stage, out, layout, options)
     shutil.rmtree(stage.folder)
     return {"out": str(out)} | facts
@@ -78,7 +80,7 @@ class _Stage:
     """What has been read so far: columns with provisional ids, values, and the journal."""
 
     def __init__(
-        self, folder: Path, sources: Sequence[tuple[str, Path]], layout: Layout, options: Options
+        self, folder: Path, sources: Sequence[tuple[str, Path]], layout: Layout, options: Options, stack: ExitStack
     ) -> None:
         self.folder, self.sources, self.layout, self.options = folder, sources, layout, options
         self.tables = layout.of(TABLE)
@@ -95,7 +97,7 @@ class _Stage:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-        self._files = {name: (folder / name).open("ab") for name in (*COLUMNS, *names)}
+        self._files = {name: stack.enter_context((folder / name).open("ab")) for name in (*COLUMNS, *names)}
         if options.maps:
             maps = Path(options.maps) / "maps"
             self.vocabularies = [Vocabulary.load(_map_file(maps, layout.names[place])) for place in self.tables]
@@ -126,8 +128,6 @@ class _Stage:
             self.done["ends"][split] = self.done["samples"]
             self.done |= {"source": number + 1, "rows": 0}
             self._record()
-        for file in self._files.values():
-            file.close()
 
     def _unread(self, path: Path) -> Iterator[Block]:
         left = self.done["rows"]
