@@ -16,6 +16,7 @@ MAX_CODES = 1 << 16
 _LANES = 128
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**126  # errors outside make denormal or infinite steps
+_MARGIN = 2.0**-14  # of the step, besides what rounding of values and codes takes
 _FAR = 65536.0  # a grid through 0 has whole numbers up to this; beyond it begins at the smallest value
 _SLACK = 1 - 2.0**-22  # of the check, so that E rounded to float32 by others is kept too
 
@@ -52,16 +53,17 @@ def grid_of(low: float, high: float, bound: float) -> Grid | None:
     error = bound * (high - low)
     if not _SMALLEST <= error <= _LARGEST:
         return None
-    far = max(abs(low), abs(high)) / (2 * error)
-    margin = 2.0**-14 + far * 2.0**-22
+    largest = max(abs(low), abs(high))
+    far = largest / (2 * error)
+    base = 0.0 if far < _FAR else low
+    margin = _MARGIN + float(np.spacing(np.float32(largest))) / (2 * error) + (0.0 if base else far * 2.0**-22)
     if margin > 0.5:
         return None
     step = np.float32(2 * error * (1 - margin))
-    base = 0.0 if far < _FAR else low
-    smallest, largest = _code(np.float32(low), step, base), _code(np.float32(high), step, base)
-    if largest - smallest >= MAX_CODES:
+    first, last = _code(np.float32(low), step, base), _code(np.float32(high), step, base)
+    if last - first >= MAX_CODES:
         return None
-    return Grid(float(step), base, int(smallest), int(largest - smallest) + 1)
+    return Grid(float(step), base, int(first), int(last - first) + 1)
 
 
 def quantise(values: npt.NDArray[np.float32], grid: Grid, error: float, codes: npt.NDArray[Any]) -> int:

@@ -71,7 +71,8 @@ def attack(case_of, seeds, turns):
             assert again.size <= streams.FREE_VALUES + streams.VALUES_PER_BYTE * len(data)
             if head.grid and not head.num_exceptions and head.grid.base == 0:
                 codes = head.grid.low + np.array([0, head.grid.num_codes - 1])
-                low, high = (codes * np.float32(head.grid.step)).astype(np.float32)
+                with np.errstate(over="ignore"):
+                    low, high = codes.astype(np.float32) * np.float32(head.grid.step)
                 assert again.size == 0 or (low <= again.min() and again.max() <= high)
     return refused, decoded
 
@@ -130,7 +131,7 @@ def test_a_long_slice_of_one_value_is_padded_so_that_it_may_be_read():
         (lambda s: s[:1] + b"\x22" + s[2:], r"of version 2. This Puna reads version 1"),
         (lambda s: s[:1] + b"\x1f" + s[2:], r"no such method or flags, 15"),
         (lambda s: s[:3] + bytes([s[3] ^ 1]) + s[4:], r"the checksum of its head"),
-        (lambda s: s[:-1], r"its codes|bytes instead of"),
+        (lambda s: s[:-1], r"bytes for 208 codes of 6 bits"),
     ],
 )
 def test_what_is_said(lookups, change, words):
