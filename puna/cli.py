@@ -16,6 +16,7 @@ from puna.graph_verbs import graph
 from puna.health_verbs import health
 from puna.plan_verbs import plan
 from puna.recipe_verbs import recipe
+from puna.recsys_verbs import recsys
 from puna.verbs import RECIPE_ARGUMENTS, as_json, print_figures, recipe_name, settings
 
 EXTRAS = {
@@ -26,6 +27,7 @@ EXTRAS = {
     "ray": ("ray",),
     "plot": ("matplotlib",),
     "graph": ("numba",),
+    "recsys": ("numba",),
 }
 
 
@@ -616,6 +618,7 @@ puna.add_command(health)
 puna.add_command(graph)
 puna.add_command(plan)
 puna.add_command(recipe)
+puna.add_command(recsys)
 
 
 if __name__ == "__main__":
