@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from puna import __version__
+from puna.clicks_verbs import VERBS as CLICKS_VERBS
 from puna.errors import PunaError
 from puna.graph_verbs import graph
 from puna.health_verbs import health
@@ -618,6 +619,8 @@ puna.add_command(health)
 puna.add_command(graph)
 puna.add_command(plan)
 puna.add_command(recipe)
+for verb in CLICKS_VERBS:
+    recsys.add_command(verb)
 puna.add_command(recsys)
 
 

@@ -86,13 +86,13 @@ class Half:
         return 2 * block.count
 
     def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], dithered: bool) -> list[Any]:
-        halves = (torch.from_numpy(part).clamp(-HALF_MAX, HALF_MAX).to(torch.float16) for part in rows)
-        return [half.view(-1).view(torch.uint8).numpy() for half in halves]
+        halves = (torch.from_numpy(part).clamp(-HALF_MAX, HALF_MAX).to(torch.float16).numpy() for part in rows)
+        return [half.reshape(-1).view(np.uint8) for half in halves]
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
         for stream, out in zip(streams, outs, strict=True):
-            halves = torch.from_numpy(np.array(stream)).view(torch.float16)
-            torch.from_numpy(out).view(-1).copy_(halves)
+            halves = np.array(stream).view(np.float16).reshape(out.shape)
+            torch.from_numpy(out).copy_(torch.from_numpy(halves))
 
 
 class Int8:
@@ -113,7 +113,7 @@ class Int8:
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
         for stream, out in zip(streams, outs, strict=True):
-            table = np.asarray(stream).reshape(len(out), -1)
+            table = np.asarray(stream).reshape(len(out), out.shape[1] + 8)
             ends = np.ascontiguousarray(table[:, -8:]).view(np.float32)
             _from_int8(np.ascontiguousarray(table), ends, out)
 
