@@ -3,7 +3,9 @@
 Kernels start no threads of their own: `Team` calls them on parts of the work from a few threads.
 """
 
+import ctypes
 import os
+import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from numba import njit
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 FAST = {"reassoc", "contract", "arcp", "nsz"}
 """Freedom that turns loops into vector code; NaN and infinity keep their meaning."""
 
@@ -19,6 +22,14 @@ _compile: Callable[..., Any] = partial(njit, nogil=True, cache=True, error_model
 exact_kernel = _compile()
 """For whole numbers, and where the last bit matters."""
 kernel = _compile(fastmath=FAST)
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed: a step's tensors are as large in every step, and fresh pages cost time."""
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            library.mallopt(option, 1 << 30)
 
 
 class Team:

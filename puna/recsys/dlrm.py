@@ -1,7 +1,6 @@
 """The dense part of a recommendation model: bottom network, interaction, top network (Naumov et al. 2019, arXiv
 1906.00091; cross layers: Wang et al. 2021, DCN-v2, arXiv 2008.13535)."""
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from puna.recsys.compiled import Team
 from puna.recsys.config import DlrmConfig
 from puna.recsys.interaction import Products
+from puna.recsys.network import Network
 
 
 class Dlrm(nn.Module):
@@ -21,34 +21,31 @@ class Dlrm(nn.Module):
         self.config, self.team, self.num_dense = config, team or Team(), num_dense
         self.dtype = torch.bfloat16 if config.dtype == "bf16" else torch.float32
         flat = config.dim * (num_tables + 1)
-        self.bottom_net = network([max(num_dense, 1), *config.bottom, config.dim], last=True)
+        self.bottom_net = self._network([max(num_dense, 1), *config.bottom, config.dim], last=True)
         self.cross = nn.ModuleList()
         if config.interaction == "cross":
             self.cross.extend(Cross(flat, min(config.cross_rank, flat)) for _ in range(config.cross_layers))
         pairs = num_tables * (num_tables + 1) // 2
         width = config.dim + pairs if config.interaction == "dot" else flat
-        self.top_net = network([width, *config.top, 1], last=False)
+        self.top_net = self._network([width, *config.top, 1], last=False)
 
     def bottom(self, dense: Tensor) -> Tensor:
         """(b, dense features) -> (b, D), float32."""
         inputs = dense if self.num_dense else dense.new_ones(len(dense), 1)
-        with self._autocast():
-            return self.bottom_net(inputs).float()
+        return self.bottom_net(inputs)
 
     def top(self, x: Tensor, vectors: Tensor) -> Tensor:
         """(b, D) of `bottom` and (b, T, D) of the tables -> (b,) logits, float32."""
         if self.config.interaction == "dot":
-            joined = Products.apply(x, vectors, self.team)
-        else:
-            joined = torch.cat([x, vectors.flatten(1)], dim=1)
-        with self._autocast():
-            crossed = joined
+            return self.top_net(Products.apply(x, vectors, self.team)).squeeze(1)
+        joined = crossed = torch.cat([x, vectors.flatten(1)], dim=1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             for layer in self.cross:
                 crossed = layer(joined, crossed)
-            return self.top_net(crossed).float().squeeze(1)
+        return self.top_net(crossed.float()).squeeze(1)
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+    def _network(self, widths: Sequence[int], *, last: bool) -> Network:
+        return Network(widths, last=last, dtype=self.dtype, team=self.team)
 
 
 class Cross(nn.Module):
@@ -64,16 +61,3 @@ class Cross(nn.Module):
     def forward(self, first: Tensor, x: Tensor) -> Tensor:
         """(b, width) each."""
         return first * self.up(self.down(x)) + x
-
-
-def network(widths: Sequence[int], *, last: bool) -> nn.Sequential:
-    """Linear layers with ReLU between them, and after the last one where `last`; initialised as in the reference."""
-    layers: list[nn.Module] = []
-    for n, (inputs, outputs) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        linear = nn.Linear(inputs, outputs)
-        nn.init.normal_(linear.weight, std=math.sqrt(2 / (inputs + outputs)))
-        nn.init.normal_(linear.bias, std=math.sqrt(1 / outputs))
-        layers.append(linear)
-        if last or n < len(widths) - 2:
-            layers.append(nn.ReLU())
-    return nn.Sequential(*layers)

@@ -1,7 +1,8 @@
 """Inner products of all pairs of vectors of a sample, forward and backward, without index tensors.
 
 Of x, (b, D), and vectors, (b, T, D), the result is x beside the products of every vector with those before it (x the
-first), (b, D + F (F - 1) / 2) with F = T + 1, in the order of Naumov et al. 2019 (arXiv 1906.00091, section 2.1.3).
+first), D + F (F - 1) / 2 with F = T + 1, in the order of Naumov et al. 2019 (arXiv 1906.00091, section 2.1.3), and
+zeros up to a multiple of 16.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from puna.recsys.compiled import Team, exact_kernel
+from puna.recsys.network import padded
 
 _ZERO = np.float32(0)
 
@@ -38,7 +40,8 @@ def _symmetric(given: Any, dim: int, begin: int, end: int, out: Any) -> None:
             out[b, i, i] = _ZERO
             for j in range(i):
                 out[b, i, j] = given[b, place + j]
-                out[b, j, i] = given[b, place + j]
+            for j in range(i):
+                out[b, j, i] = out[b, i, j]
             place += i
 
 
@@ -52,7 +55,7 @@ class Products(torch.autograd.Function):
         stacked[:, 0], stacked[:, 1:] = x, vectors.detach()
         ctx.save_for_backward(stacked)
         ctx.team = team
-        out = torch.empty(size, dim + tables * (tables + 1) // 2)
+        out = torch.zeros(size, padded(dim + tables * (tables + 1) // 2))
         arrays = x.numpy(), torch.bmm(stacked, stacked.transpose(1, 2)).numpy(), out.numpy()
         team(lambda begin, end: _lower(arrays[0], arrays[1], begin, end, arrays[2]), size)
         return out

@@ -19,7 +19,7 @@ from puna.errors import DataError, RecipeError
 from puna.recsys.adapt import Bounds, homogenisation
 from puna.recsys.alltoall import Exchange
 from puna.recsys.clicks import Clicks, Samples
-from puna.recsys.compiled import Team
+from puna.recsys.compiled import Team, keep_memory
 from puna.recsys.config import DlrmConfig, ExchangeConfig
 from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import figures
@@ -95,6 +95,7 @@ class DlrmTask(GradientTask):
         self.per_epoch = clicks.count("train") // config.batch
         self.total = min(config.samples or math.inf, config.epochs * self.per_epoch * config.batch)
         self.total = int(self.total) // config.batch * config.batch
+        keep_memory()
         self.team = Team()
         torch.manual_seed(_key(seed, 0))
         self.model = Dlrm(config, len(clicks.dense), len(self.rows), self.team)

@@ -16,6 +16,7 @@ from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import auc, figures
 from puna.recsys.generator import KAGGLE_ROWS, TERABYTE_ROWS, generate, zipf
 from puna.recsys.interaction import Products
+from puna.recsys.network import Network
 from puna.recsys.placement import EVERYWHERE, loads, place
 
 
@@ -133,11 +134,39 @@ def test_products_equal_torch(samples, tables, dim):
     stacked = torch.cat([x[:, None], vectors], dim=1)
     rows, columns = torch.tril_indices(tables + 1, tables + 1, offset=-1)
     wanted = torch.cat([x, (stacked @ stacked.transpose(1, 2))[:, rows, columns]], dim=1)
+    width = wanted.shape[1]
+    assert out.shape[1] % 16 == 0
+    assert not out[:, width:].any()
+    out = out[:, :width]
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     weights = torch.randn_like(out)
     got = torch.autograd.grad((out * weights).sum(), (x, vectors))
     for a, b in zip(got, torch.autograd.grad((wanted * weights).sum(), (x, vectors)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("widths", [(13, 512, 16), (367, 33, 1), (16, 16), (5, 3, 2, 7)])
+def test_networks_equal_torch(widths, last):
+    """Forward, and gradients of inputs, weights and biases."""
+    network = Network(widths, last=last, dtype=torch.float32, team=Team(2))
+    layers = [part for layer in network.layers for part in (layer, torch.nn.ReLU())]
+    plain = torch.nn.Sequential(*(layers if last else layers[:-1]))
+    x = torch.randn(37, widths[0], requires_grad=True)
+    out, wanted = network(x), plain(x)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    weights = torch.randn_like(out)
+    inputs = (x, *network.parameters())
+    got = torch.autograd.grad((out * weights).sum(), inputs)
+    for a, b in zip(got, torch.autograd.grad((wanted * weights).sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
+    zeros = torch.zeros(37, -widths[0] % 16)
+    torch.testing.assert_close(network(torch.cat([x, zeros], dim=1)), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_number_that_is_not_one_goes_through_relu():
+    network = Network((3, 4, 2), last=True, dtype=torch.float32, team=Team(1))
+    assert network(torch.tensor([[float("nan"), 0, 0]])).isnan().all()
 
 
 def test_the_kaggle_recipe_has_the_published_sizes():
