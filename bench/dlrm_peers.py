@@ -3,8 +3,8 @@
     PYTHON bench/dlrm_peers.py dlrm --folder CHECKOUT --dtype fp32 --batch 2048
     PYTHON bench/dlrm_peers.py torchrec --dtype bf16 --batch 2048
 
-Batches are made before the clock starts. The last line on stdout is JSON: samples_per_s and cpu_ms (a step), and with --clicks, a folder of
-clicks, instead auc on its test split after one pass over its train split in order.
+Batches are made before the clock starts. The last line on stdout is JSON: samples_per_s and cpu_ms (of a step), and
+with --clicks, a folder of clicks, instead auc on its test split after one pass over its train split in order.
 """
 
 import argparse
@@ -89,9 +89,7 @@ def dlrm(args: argparse.Namespace) -> tuple[Callable[[Sample], None], Callable[[
     np.random.seed(0)
     pairs = 27 * 26 // 2
     top = np.array([DIM + pairs, 512, 256, 1])
-    model = DLRM_Net(
-        DIM, np.array(sizes(args)), np.array([13, 512, 256, 64, 16]), top, "dot", sigmoid_top=len(top) - 2
-    )
+    model = DLRM_Net(DIM, np.array(sizes(args)), np.array([13, 512, 256, 64, 16]), top, "dot", sigmoid_top=len(top) - 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr)
     loss = torch.nn.BCELoss(reduction="mean")
 
@@ -137,7 +135,9 @@ def torchrec(args: argparse.Namespace) -> tuple[Callable[[Sample], None], Callab
     constraints = {
         table.name: ParameterConstraints(compute_kernels=[EmbeddingComputeKernel.FUSED.value]) for table in tables
     }
-    sharder = EmbeddingBagCollectionSharder(fused_params={"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": args.lr})
+    sharder = EmbeddingBagCollectionSharder(
+        fused_params={"optimizer": EmbOptimType.EXACT_SGD, "learning_rate": args.lr}
+    )
     plan = EmbeddingShardingPlanner(
         topology=Topology(world_size=1, compute_device="cpu"), constraints=constraints
     ).collective_plan(model, [sharder], dist.group.WORLD)

@@ -84,9 +84,7 @@ def clicks_import(
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--samples", default=1_000_000, show_default=True, type=click.IntRange(1), help="To train on.")
 @click.option("--test", default=200_000, show_default=True, type=click.IntRange(0), help="To test on.")
-@click.option(
-    "--tables", default="kaggle", show_default=True, help="kaggle, terabyte, or rows of each: 1000,50,20000."
-)
+@click.option("--tables", default="kaggle", show_default=True, help="kaggle, terabyte, or rows of each: 1000,50,20000.")
 @click.option("--max-rows", default=0, help="Most rows of a table  [default: no limit]")
 @click.option("--dense", default=13, show_default=True, type=click.IntRange(0), help="Dense features.")
 @click.option("--exponent", default=1.05, show_default=True, help="Of Zipf's law for the ids.")

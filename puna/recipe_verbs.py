@@ -29,8 +29,7 @@ def recipe_list(as_json: bool) -> None:
 
     counts = catalogue()
     told = {
-        name: f"{count:>15,} parameters" if count else f"{load(name).recipe.task:>15}"
-        for name, count in counts.items()
+        name: f"{count:>15,} parameters" if count else f"{load(name).recipe.task:>15}" for name, count in counts.items()
     }
     print_figures(counts if as_json else told, as_json)
 

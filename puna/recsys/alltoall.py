@@ -96,9 +96,7 @@ class Exchange:
 
         return _AllToAll.apply(x, pending, returns, sink)
 
-    def start(
-        self, x: Tensor, sent: Blocks, received: Blocks, terms: Mapping[str, Any] | None = None
-    ) -> Pending:
+    def start(self, x: Tensor, sent: Blocks, received: Blocks, terms: Mapping[str, Any] | None = None) -> Pending:
         """Encode and send; every rank calls it."""
         return self._start(x, sent, received, terms, self.forward, self.sent, dithered=False)
 
@@ -120,7 +118,9 @@ class Exchange:
             return self._start_plain(x, sent, received, traffic)
         flat = x.numpy()
         starts = _starts(sent)
-        blocks = [(rank, n) for rank in range(self.size) if rank != self.rank or self.local for n in range(len(sent[rank]))]
+        blocks = [
+            (rank, n) for rank in range(self.size) if rank != self.rank or self.local for n in range(len(sent[rank]))
+        ]
         rows = [_rows(flat, starts[rank][n], sent[rank][n]) for rank, n in blocks]
         encoded = wire.encode([sent[rank][n] for rank, n in blocks], rows, dithered)
         streams: list[list[Any]] = [[] for _ in range(self.size)]
@@ -152,7 +152,7 @@ class Exchange:
         counts = [[sum(block.count for block in blocks) for blocks in side] for side in (received, sent)]
         traffic.payload += 4 * (sum(counts[1]) - counts[1][self.rank])
         arrived = x.new_empty(sum(counts[0]))
-        work = dist.all_to_all_single(arrived, x, *counts, group=self.group, async_op=True)
+        work = dist.all_to_all_single(arrived, x, counts[0], counts[1], group=self.group, async_op=True)
 
         def finish(lives: Tensor = x) -> Tensor:
             work.wait()
@@ -184,7 +184,8 @@ class Exchange:
         told = [[digest, *(mine[rank] if rank != self.rank else [0] * len(sent[rank]))] for rank in range(self.size)]
         heard = torch.empty(sum(1 + len(blocks) for blocks in received), dtype=torch.int64)
         splits = [[1 + len(blocks) for blocks in side] for side in (received, sent)]
-        dist.all_to_all_single(heard, torch.tensor([n for part in told for n in part]), *splits, group=self.group)
+        outgoing = torch.tensor([n for part in told for n in part])
+        dist.all_to_all_single(heard, outgoing, splits[0], splits[1], group=self.group)
         traffic.metadata += 8 * (sum(splits[1]) - splits[1][self.rank])
         parts = [part.tolist() for part in heard.split(splits[0])]
         if any(part[0] != digest for part in parts):
@@ -257,7 +258,8 @@ class _AllToAll(torch.autograd.Function):
 
 def _starts(blocks: Blocks) -> list[list[int]]:
     """Where every block begins in the flat tensor."""
-    starts, at = [], 0
+    starts: list[list[int]] = []
+    at = 0
     for part in blocks:
         starts.append([])
         for block in part:

@@ -21,7 +21,7 @@ from puna.train.hashed import sha256_of
 FORMAT_VERSION = 1
 MANIFEST = "clicks.json"
 HOW = "Make it with `puna recsys import FILE --layout criteo --out DIR` or `puna recsys generate --out DIR`."
-COLUMNS = {"labels": np.dtype("u1"), "dense": np.dtype("<f4"), "ids": np.dtype("<i4")}
+COLUMNS: dict[str, np.dtype[Any]] = {"labels": np.dtype("u1"), "dense": np.dtype("<f4"), "ids": np.dtype("<i4")}
 
 
 @dataclass(frozen=True)

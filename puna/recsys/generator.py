@@ -84,9 +84,9 @@ def generate(
             left = max(0, samples - start)
             clicked.append(columns["labels"][left:])
             logits.append(logit[left:])
-        for name, file in raw.items():
-            file.flush()
-            os.fsync(file.fileno())
+        for name, column in raw.items():
+            column.flush()
+            os.fsync(column.fileno())
             files[name] = hashed[name].fingerprint
     labels, wanted = np.concatenate(clicked).astype(np.float32), np.concatenate(logits).astype(np.float32)
     manifest = {
@@ -150,7 +150,7 @@ class _Truth:
 
 
 def zipf(uniform: npt.NDArray[np.float64], size: int, exponent: float) -> npt.NDArray[np.int32]:
-    """Ids below `size` with P(k) ~ (k + 1)^-exponent, by the inverse of the continuous distribution over 1 .. size + 1."""
+    """Ids below `size` with P(k) ~ (k + 1)^-exponent, by the inverse of a continuous one over 1 .. size + 1."""
     power = 1 - exponent
     if abs(power) < 1e-9:
         values = np.exp(uniform * np.log(size + 1))
@@ -190,5 +190,3 @@ def _add_planted(ids: Any, key: Any, linear: float, pairs: float, out: Any) -> N
 
 def _key(seed: int) -> int:
     return int.from_bytes(blake2b(f"{seed}/planted".encode(), digest_size=8).digest(), "little")
-
-

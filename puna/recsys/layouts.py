@@ -48,15 +48,12 @@ CRITEO = _layout(
 )
 """Kaggle Display Advertising and the terabyte logs: no header, tab-separated."""
 
+_AVAZU_TABLES = (
+    "C1 banner_pos site_id site_domain site_category app_id app_domain app_category device_id device_ip device_model "
+    "device_type device_conn_type C14 C15 C16 C17 C18 C19 C20 C21"
+)
 AVAZU = _layout(
-    [(LEFT_OUT, "id"), (LABEL, "click"), (HOUR, "hour")]
-    + [
-        (TABLE, name)
-        for name in (
-            "C1 banner_pos site_id site_domain site_category app_id app_domain app_category device_id device_ip "
-            "device_model device_type device_conn_type C14 C15 C16 C17 C18 C19 C20 C21"
-        ).split()
-    ],
+    [(LEFT_OUT, "id"), (LABEL, "click"), (HOUR, "hour")] + [(TABLE, name) for name in _AVAZU_TABLES.split()],
     ",",
 )
 """Avazu 2014: comma-separated, with or without a header."""

@@ -104,7 +104,7 @@ def unpack(
 ) -> None:  # fmt: skip
     """Blocks of shards, (S,) starts in `packed`, to rows (M, D) of distinct ids; backward: from rows to blocks.
 
-    first_slot: where this rank's slice begins; counts: (T,) distinct ids of it; row_starts: where a table begins in rows.
+    first_slot: where this rank's slice begins; counts: (T,) distinct ids of it; row_starts: of tables, in rows.
     """
     for s in range(table_of.shape[0]):
         t, first, last, width = table_of[s], spans[s, 0], spans[s, 1], spans[s, 2]

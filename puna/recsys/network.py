@@ -1,11 +1,12 @@
 """Networks of linear layers with ReLU, forward and backward by hand: few passes over memory, widths that products like.
 
 A width that is no multiple of 16 is padded with zeros inside: products of 367 numbers take half as long again as those
-of 368. In bf16, products are of bf16 numbers with float32 sums; weights, their gradients and what comes out are float32.
+of 368. In bf16, products are of bf16 numbers; weights, their gradients and what comes out are float32.
 """
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,16 +33,19 @@ class Network(nn.Module):
     def __init__(self, widths: Sequence[int], *, last: bool, dtype: torch.dtype, team: Team) -> None:
         super().__init__()
         self.last, self.dtype, self.team = last, dtype, team
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
-        for layer in self.layers:
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        for layer in self._linear():
             outputs, inputs = layer.weight.shape
             nn.init.normal_(layer.weight, std=math.sqrt(2 / (inputs + outputs)))
             nn.init.normal_(layer.bias, std=math.sqrt(1 / outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        parameters = [p for layer in self.layers for p in (layer.weight, layer.bias)]
+        parameters = [p for layer in self._linear() for p in (layer.weight, layer.bias)]
         return _Layers.apply(x, self.last, self.dtype, self.team, *parameters)
+
+    def _linear(self) -> list[nn.Linear]:
+        return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
 
 
 class _Layers(torch.autograd.Function):

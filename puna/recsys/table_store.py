@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from puna.errors import CheckpointError
 from puna.recsys.placement import Shard
 from puna.train.rows import RowStore

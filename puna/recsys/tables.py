@@ -1,11 +1,11 @@
 """Tables over ranks: rows of a batch are looked up where they are and exchanged; gradients go back and are applied.
 
-    lookup = tables.index(ids)                   # which rows this batch needs, from whom, for whom
-    pending = tables.send(lookup, bounds)        # rows leave, while the bottom network works
-    vectors = tables.receive(lookup, pending)    # (b, T, D), with an autograd graph
-    ... backward ...                             # gradients leave, while the bottom network's are computed
-    tables.collect()                             # gradients of this rank's rows; nothing is changed yet
-    tables.apply(rate)
+lookup = tables.index(ids)                   # which rows this batch needs, from whom, for whom
+pending = tables.send(lookup, bounds)        # rows leave, while the bottom network works
+vectors = tables.receive(lookup, pending)    # (b, T, D), with an autograd graph
+... backward ...                             # gradients leave, while the bottom network's are computed
+tables.collect()                             # gradients of this rank's rows; nothing is changed yet
+tables.apply(rate)
 """
 
 from collections.abc import Mapping, Sequence
@@ -173,14 +173,18 @@ class Tables:
 
         def of(side: list[list[tuple[int, int, int]]], outgoing: bool) -> Blocks:
             return [
-                [self._sized(block, forward, backward, seed, *((self.rank, p) if outgoing else (p, self.rank))) for block in part]
+                [
+                    self._sized(block, forward, backward, seed, *((self.rank, p) if outgoing else (p, self.rank)))
+                    for block in part
+                ]
                 for p, part in enumerate(side)
             ]
 
         return of(lookup.sent, True), of(lookup.received, False)
 
     def _sized(
-        self, block: tuple[int, int, int], forward: Sequence[float], backward: Sequence[float], seed: int, owner: int, user: int
+        self, block: tuple[int, int, int], forward: Sequence[float], backward: Sequence[float], seed: int, owner: int,
+        user: int,
     ) -> Block:  # fmt: skip
         n, rows, width = block
         table = self.shards[n].table
@@ -214,7 +218,7 @@ class Tables:
         terms: Mapping[str, Any] | None = None,
         pending: Pending | None = None,
     ) -> Tensor:
-        """Vectors of this rank's samples, (b, T, D). With a graph (where gradients are on), whose backward sends them."""
+        """Vectors of this rank's samples, (b, T, D); where gradients are on, with a graph whose backward sends them."""
         exchange = exchange or self.exchange
         sent.requires_grad_(torch.is_grad_enabled())
         arrived = exchange(
@@ -312,7 +316,10 @@ class Tables:
         self._sum_over_columns()
         first = len(self._gradients)
         for lookup, pending in self._copies:
-            blocks = [[(n, b.rows, b.width) for n, b in zip(self._copied, self._copy_blocks(lookup, p), strict=True)] for p in range(self.size)]
+            blocks = [
+                [(n, b.rows, b.width) for n, b in zip(self._copied, self._copy_blocks(lookup, p), strict=True)]
+                for p in range(self.size)
+            ]
             starts, _ = _starts(blocks)
             self._merge(lookup, pending.wait().numpy(), self._copied, starts, len(self._of_rank[self.rank]))
         total += sum(self._square(gradient) for gradient in self._gradients[first:]) / self.size

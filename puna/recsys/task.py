@@ -130,9 +130,10 @@ class DlrmTask(GradientTask):
                 f"dlrm.batch is {config.batch}, which {self.size} ranks cannot share evenly",
                 f"Set it to a multiple of {self.size}.",
             )
-        if config.batch > count or 0 < config.samples < config.batch:
+        there = min(count, config.samples or count)
+        if config.batch > there:
             raise RecipeError(
-                f"dlrm.batch is {config.batch}, but there are {min(count, config.samples or count):,} samples to train on",
+                f"dlrm.batch is {config.batch}, but there are {there:,} samples to train on",
                 "Lower dlrm.batch.",
             )
         if self.exchange_config.classes and len(self.exchange_config.classes) != len(self.rows):
@@ -191,7 +192,8 @@ class DlrmTask(GradientTask):
         report = super().step(unit)
         traffic = (self.tables.exchange.sent, self.tables.exchange.returned)
         report.metrics["sent_bytes"] = float(sum(t.sent for t in traffic))
-        if (unit.cursor.units + 1) % self.exchange_config.record_every or self.size == 1 and not self.exchange_config.local:
+        alone = self.size == 1 and not self.exchange_config.local
+        if (unit.cursor.units + 1) % self.exchange_config.record_every or alone:
             return report
         record = {"event": "exchange", "step": unit.cursor.units + 1, **self._exchanged(unit)}
         return StepReport(**(vars(report) | {"records": [record]}))

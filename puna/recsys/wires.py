@@ -208,4 +208,5 @@ def make_wire(name: str, codec: str = "auto", num_threads: int = 1) -> Wire:
     """The wire of this name."""
     if name == "bounded":
         return Bounded(codec, num_threads)
-    return {"raw": Raw, "fp16": Half, "int8": Int8}[name]()
+    plain: dict[str, type[Wire]] = {"raw": Raw, "fp16": Half, "int8": Int8}
+    return plain[name]()

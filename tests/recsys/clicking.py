@@ -14,6 +14,7 @@ from puna.train.config import MeshConfig, RunConfig, ScheduleConfig
 from puna.train.mesh import open_mesh, rank
 from puna.train.task import Cursor
 
+START = Cursor()
 SMALL: dict[str, Any] = {"dim": 4, "bottom": (8,), "top": (8,), "batch": 128, "lr": 0.1}
 
 
@@ -23,7 +24,7 @@ def task_of(clicks: Clicks, run: Path | None = None, exchange: dict[str, Any] | 
     return DlrmTask(config, ExchangeConfig(**(exchange or {})), schedule, clicks, run, eval_samples=2048)
 
 
-def steps(task: DlrmTask, count: int, cursor: Cursor = Cursor()) -> list[float]:
+def steps(task: DlrmTask, count: int, cursor: Cursor = START) -> list[float]:
     losses = []
     for unit, _ in zip(task.units(cursor), range(count), strict=False):
         losses.append(task.step(unit).loss)

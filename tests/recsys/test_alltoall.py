@@ -81,9 +81,9 @@ def test_bounded_rows_keep_their_bounds(ranks):
 def disagreeing():
     rank = dist.get_rank()
     sent, received = blocks_of(rank, 0.02)
+    exchange, terms = Exchange(None, make_wire("bounded")), {"bound of C3": 0.02 if rank != 1 else 0.05, "step": 4}
     with pytest.raises(RanksDiffer) as raised:
-        terms = {"bound of C3": 0.02 if rank != 1 else 0.05, "step": 4}
-        Exchange(None, make_wire("bounded")).start(numbers(rank, sent), sent, received, terms)
+        exchange.start(numbers(rank, sent), sent, received, terms)
     return str(raised.value)
 
 

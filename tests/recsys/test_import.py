@@ -86,7 +86,7 @@ def test_criteo_and_parquet_agree(tmp_path, data_dir):
     """The same rows as text and as Parquet."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     source = data_dir / "ctr-criteo" / "kaggle_dev.tsv.gz"
-    rows = [line.rstrip("\n").split("\t") for line in gzip.open(source, "rt")]
+    rows = [line.rstrip("\n").split("\t") for line in gzip.decompress(source.read_bytes()).decode().splitlines()]
     columns = {
         name: pa.array([row[n] or None if role == "table" else (int(row[n]) if row[n] else None) for row in rows])
         for n, (name, role) in enumerate(zip(CRITEO.names, CRITEO.roles, strict=True))
@@ -120,9 +120,7 @@ def test_adult_by_columns(tmp_path, data_dir):
         "table:sex,dense:gain,dense:loss,dense:hours,table:country,label"
     )
     layout = parse_columns(words, ",", ">50K", None)
-    figures = import_clicks(
-        {"train": [data_dir / "ctr-adult-census" / "adult-train.csv.gz"]}, tmp_path / "out", layout
-    )
+    figures = import_clicks({"train": [data_dir / "ctr-adult-census" / "adult-train.csv.gz"]}, tmp_path / "out", layout)
     assert figures["samples"] == 32_561
     assert figures["click_rate"] == pytest.approx(0.241, abs=0.001)
     assert figures["tables"]["sex"] == 3

@@ -68,7 +68,12 @@ def test_the_factor_falls_from_first_to_one(decay):
     assert values[0] == pytest.approx(first)
     assert values[steps:] == [1.0] * 5
     assert all(b <= a + 1e-12 for a, b in itertools.pairwise(values))
-    half = {"step": 2.0, "linear": 2.0, "log": 3 * ((1 - math.log(1 + 0.5 * (math.e - 1))) * 2 / 3 + 1 / 3), "constant": 3.0}
+    half = {
+        "step": 2.0,
+        "linear": 2.0,
+        "log": 3 * ((1 - math.log(1 + 0.5 * (math.e - 1))) * 2 / 3 + 1 / 3),
+        "constant": 3.0,
+    }
     assert values[500] == pytest.approx(half[decay])
     last = {"step": 1.2, "linear": 1.002, "log": 1 + 2 * (1 - math.log(1 + 0.999 * (math.e - 1))), "constant": 3.0}
     assert values[999] == pytest.approx(last[decay])

@@ -43,7 +43,15 @@ def test_it_learns_what_was_planted(planted, tmp_path):
 
 @pytest.mark.parametrize("interaction", ["cat", "cross"])
 def test_other_interactions_learn(planted, interaction):
-    task = task_of(planted, interaction=interaction, cross_rank=8, epochs=3, optimizer="adagrad", table_optimizer="adagrad", lr=0.02)
+    task = task_of(
+        planted,
+        interaction=interaction,
+        cross_rank=8,
+        epochs=3,
+        optimizer="adagrad",
+        table_optimizer="adagrad",
+        lr=0.02,
+    )
     losses = steps(task, 10**6)
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.02
 
@@ -51,7 +59,12 @@ def test_other_interactions_learn(planted, interaction):
 def test_ranks_and_placements_train_the_same_model(planted, tmp_path):
     """1, 2 and 4 ranks, every placement, both optimisers: losses equal to 1e-5, and the figures after them."""
     settings = {
-        f"{placement} {optimizer}": {"placement": placement, "table_optimizer": optimizer, "data_rows": 50, "table_lr": 0.5}
+        f"{placement} {optimizer}": {
+            "placement": placement,
+            "table_optimizer": optimizer,
+            "data_rows": 50,
+            "table_lr": 0.5,
+        }
         for placement in PLACEMENTS
         for optimizer in ("sgd", "adagrad")
     }
@@ -87,7 +100,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(planted, tmp_path, 
     """Saved under one placement, read under another."""
     settings = {"table_optimizer": optimizer, "placement": "row", "table_lr": 0.5}
     run = tmp_path / "two"
-    assert finish(start(save, str(planted.folder), str(run), json.dumps(settings), "5", size=2, folder=tmp_path)) == [0, 0]
+    assert finish(start(save, str(planted.folder), str(run), json.dumps(settings), "5", size=2, folder=tmp_path)) == [
+        0,
+        0,
+    ]
     wanted = json.loads((run / "after.json").read_text())
     for size, placement in ((1, "table"), (2, "row"), (4, "column")):
         other = tmp_path / f"{size}"
@@ -102,7 +118,9 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(planted, tmp_path, 
 
 def recipe_of(planted, run, *flags):
     words = {"run.dir": run, "data.path": planted.folder, "dlrm.batch": 64, "checkpoint.every": 10, "eval.tokens": 2048}
-    loaded = load_recipe("dlrm-tiny", [word for key, value in words.items() for word in (f"--{key}", str(value))] + list(flags))
+    loaded = load_recipe(
+        "dlrm-tiny", [word for key, value in words.items() for word in (f"--{key}", str(value))] + list(flags)
+    )
     run.mkdir(parents=True, exist_ok=True)
     write_recipe(loaded, run)
     return loaded
@@ -128,7 +146,9 @@ def test_a_killed_run_ends_as_one_that_was_not(planted, tmp_path):
     assert finish(start(dlrm_rank, str(run))) == [0]
     assert losses(run) == losses(tmp_path / "straight")
     assert len(losses(run)) == 128
-    evals = [[e["auc"] for e in read_events(tmp_path / name) if e["event"] == "eval"][-1] for name in ("killed", "straight")]
+    evals = [
+        [e["auc"] for e in read_events(tmp_path / name) if e["event"] == "eval"][-1] for name in ("killed", "straight")
+    ]
     assert evals[0] == evals[1]
 
 
