@@ -30,11 +30,12 @@ class Slice(NamedTuple):
 class Codec:
     """Encodes and decodes in buffers that are used again, many slices at a time over `num_threads` threads.
 
-    For one caller at a time. Streams are the same for any number of threads.
+    For one caller at a time. Streams are the same for any number of threads. check_ids=False trusts that lookups of one
+    id have equal rows, as those of one table have.
     """
 
-    def __init__(self, num_threads: int = 1) -> None:
-        self._encoders = [Encoder() for _ in range(num_threads)]
+    def __init__(self, num_threads: int = 1, check_ids: bool = True) -> None:
+        self._encoders = [Encoder(check_ids) for _ in range(num_threads)]
         self._decoders = [Decoder() for _ in range(num_threads)]
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
 

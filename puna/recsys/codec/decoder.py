@@ -65,12 +65,7 @@ class Decoder:
             rows[:] = np.frombuffer(_exactly(reader, 4 * rows.size), "<f4").reshape(rows.shape)
             return None
         exceptions = self._exceptions(head, reader, rows)
-        coded = rows[: head.num_coded]
-        codes = self._scratch.take(f"codes{head.grid.code_type.__name__}", coded.size, head.grid.code_type)
-        places = self._codes(head, head.grid, _bytes(reader.rest()), codes.reshape(coded.shape))
-        if codes.size and codes.max() >= head.grid.num_codes:
-            raise damaged(f"a code beyond the last of {head.grid.num_codes}")
-        quantise.restore(codes, head.grid, coded.reshape(-1))
+        places = self._coded(head, head.grid, _bytes(reader.rest()), rows[: head.num_coded])
         if exceptions is None:
             return places
         order = np.empty(head.num_distinct, np.int64)
@@ -95,17 +90,28 @@ class Decoder:
         rows[head.num_coded :] = values.reshape(-1, head.width)
         return is_exception
 
-    def _codes(
-        self, head: Head, grid: Grid, data: npt.NDArray[np.uint8], codes: npt.NDArray[Any]
+    def _coded(
+        self, head: Head, grid: Grid, data: npt.NDArray[np.uint8], rows: Rows
     ) -> npt.NDArray[np.int64] | None:
-        if head.method == stream.FIXED:
-            width = planes.width_of(grid.num_codes)
-            if len(data) != planes.packed_size(codes.size, width):
-                raise damaged(f"{len(data)} bytes for {codes.size} codes of {width} bits")
-            planes.unpack(data, width, codes.reshape(-1))
-            return None
-        if codes.size == 0:
+        """Fill rows that were coded; where each is among them, None: in order."""
+        places, values = None, rows.reshape(-1)
+        if head.method == stream.FIXED and grid.num_codes <= 256:
+            codes = self._scratch.take("codes", rows.size, np.uint8)
+            planes.unpack(data, grid.num_codes, codes)
+        elif head.method == stream.FIXED:
+            codes = self._scratch.take("wide codes", rows.size, np.uint16)
+            planes.unpack(data, grid.num_codes, codes)
+        elif rows.size == 0:
             raise damaged("no codes")
+        else:
+            codes = self._scratch.take("codes", rows.size, np.uint8)
+            places = self._entropy_coded(head, grid, data, codes.reshape(rows.shape))
+        quantise.restore(codes, grid, values)
+        return places
+
+    def _entropy_coded(
+        self, head: Head, grid: Grid, data: npt.NDArray[np.uint8], codes: npt.NDArray[np.uint8]
+    ) -> npt.NDArray[np.int64] | None:
         if head.method == stream.RANS:
             places = grouped.decode(data, grid.num_codes, codes, self._scratch)
             if places is None:
@@ -114,7 +120,7 @@ class Decoder:
         sound = (
             huffman.decode(data, grid.num_codes, codes.reshape(-1), self._scratch)
             if head.method == stream.HUFFMAN
-            else vector_lz.decode(data, codes)
+            else vector_lz.decode(data, codes) and codes.max() < grid.num_codes
         )
         if not sound:
             raise damaged("its codes")

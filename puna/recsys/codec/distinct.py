@@ -1,16 +1,15 @@
 """Distinct rows: each is sent once, in the order in which lookups first meet it."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from puna.errors import DataError
 from puna.recsys.codec.compiled import kernel
 from puna.recsys.codec.scratch import Scratch
 
 _MIX = np.int64(0x9E3779B97F4A7C15 - (1 << 64))
-_HALF = np.uint64(32)
 
 
 class Distinct(NamedTuple):
@@ -22,41 +21,34 @@ class Distinct(NamedTuple):
 
 def by_ids(ids: npt.NDArray[np.int64], scratch: Scratch) -> Distinct:
     """Lookups of the same id are of the same row."""
-    first, inverse = _room(len(ids), scratch)
-    count = _number_ids(ids, _table(len(ids), scratch), first, inverse)
-    return Distinct(first[:count], inverse)
+    first, inverse, table = room(len(ids), scratch)
+    return Distinct(first[: number_ids(ids, table, first, inverse)], inverse)
 
 
 def by_content(rows: npt.NDArray[Any], scratch: Scratch) -> Distinct:
     """Rows (n, D) of unsigned numbers that are equal bit for bit."""
-    first, inverse = _room(len(rows), scratch)
-    factors = (np.arange(1, rows.shape[1] + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> _HALF) | np.uint64(1)
+    first, inverse, table = room(len(rows), scratch)
     hashes = scratch.take("hashes", len(rows), np.int64)
-    count = _number_rows(rows, factors.astype(np.uint32), _table(len(rows), scratch), hashes, first, inverse)
-    return Distinct(first[:count], inverse)
+    return Distinct(first[: number_rows(rows, factors(rows.shape[1]), hashes, table, first, inverse)], inverse)
 
 
-def check_ids(rows: npt.NDArray[np.uint32], ids: npt.NDArray[np.int64], distinct: Distinct) -> None:
-    """Rows (n, D) that have the same id are equal bit for bit; DataError names the first that is not."""
-    found = _first_unequal(rows, distinct.first, distinct.inverse)
-    if found >= 0:
-        other = int(distinct.first[distinct.inverse[found]])
-        raise DataError(
-            f"rows {other} and {found} have the same id {ids[found]} and are not equal",
-            "Give ids only where an id stands for one row; leave them out for sums of several rows.",
-        )
+def room(num_rows: int, scratch: Scratch) -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]:
+    """For first (n,), inverse (n,) and the hash table."""
+    size = 1 << max(2 * num_rows - 1, 1).bit_length()
+    first, inverse = scratch.take("first", num_rows, np.int64), scratch.take("inverse", num_rows, np.int64)
+    return first, inverse, scratch.take("table", size, np.int32)
 
 
-def _room(num_rows: int, scratch: Scratch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    return scratch.take("first", num_rows, np.int64), scratch.take("inverse", num_rows, np.int64)
-
-
-def _table(num_rows: int, scratch: Scratch) -> npt.NDArray[np.int32]:
-    return scratch.take("table", 1 << max(2 * num_rows - 1, 1).bit_length(), np.int32)
+@lru_cache(maxsize=64)
+def factors(width: int) -> npt.NDArray[np.uint32]:
+    """An odd number for each place in a row, by which it is hashed."""
+    mixed = np.arange(1, width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (mixed >> np.uint64(32) | np.uint64(1)).astype(np.uint32)
 
 
 @kernel
-def _number_ids(ids: Any, table: Any, first: Any, inverse: Any) -> int:
+def number_ids(ids: Any, table: Any, first: Any, inverse: Any) -> int:
+    """Fill first and inverse; returns how many ids there are."""
     mask = table.shape[0] - 1
     table[:] = -1
     count = 0
@@ -74,21 +66,30 @@ def _number_ids(ids: Any, table: Any, first: Any, inverse: Any) -> int:
 
 
 @kernel
-def _number_rows(rows: Any, factors: Any, table: Any, hashes: Any, first: Any, inverse: Any) -> int:
-    mask = table.shape[0] - 1
-    table[:] = -1
-    count = 0
+def _hash_rows(rows: Any, factors: Any, hashes: Any) -> None:
     for i in range(rows.shape[0]):
         total = np.uint64(0)
         for j in range(rows.shape[1]):
             total += np.uint64(rows[i, j]) * np.uint64(factors[j])
-        mixed = np.int64(total) * _MIX
-        place = (mixed >> 32) & mask
-        while table[place] >= 0 and not (hashes[table[place]] == mixed and _equal(rows, i, first[table[place]])):
+        hashes[i] = np.int64(total) * _MIX
+
+
+@kernel
+def number_rows(rows: Any, factors: Any, hashes: Any, table: Any, first: Any, inverse: Any) -> int:
+    """Fill first and inverse; returns how many rows there are. Hashes that agree are not believed."""
+    _hash_rows(rows, factors, hashes)
+    mask = table.shape[0] - 1
+    table[:] = -1
+    count = 0
+    for i in range(rows.shape[0]):
+        place = (hashes[i] >> 32) & mask
+        while table[place] >= 0:
+            k = first[table[place]]
+            if hashes[k] == hashes[i] and _equal(rows, i, k):
+                break
             place = (place + 1) & mask
         if table[place] < 0:
             table[place] = count
-            hashes[count] = mixed
             first[count] = i
             count += 1
         inverse[i] = table[place]
@@ -104,7 +105,8 @@ def _equal(rows: Any, i: int, k: int) -> bool:
 
 
 @kernel
-def _first_unequal(rows: Any, first: Any, inverse: Any) -> int:
+def first_unequal(rows: Any, first: Any, inverse: Any) -> int:
+    """The first row that is not the one its number stands for; -1: there is none."""
     for i in range(inverse.shape[0]):
         k = first[inverse[i]]
         if k != i and not _equal(rows, i, k):

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
-from puna.recsys.codec import distinct, grouped, huffman, index, planes, quantise, stream, vector_lz
+from puna.recsys.codec import grouped, huffman, index, opened, planes, quantise, stream, vector_lz
+from puna.recsys.codec.opened import Opened
 from puna.recsys.codec.quantise import Grid
 from puna.recsys.codec.scratch import Scratch
 from puna.recsys.codec.stream import ALL_ROWS, IN_ORDER, KNOWN_IDS, SENT_INDEX, Head
@@ -25,52 +26,38 @@ Rows = npt.NDArray[np.float32]
 class Encoder:
     """Of one thread; its buffers are used again."""
 
-    def __init__(self) -> None:
-        self._scratch = Scratch()
+    def __init__(self, check_ids: bool) -> None:
+        self._scratch, self._check_ids = Scratch(), check_ids
 
     def encode(self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str) -> bytes:
         """The stream of rows (n, D)."""
-        kept, head, inverse = self._distinct(rows, ids, codec)
-        whole = kept.reshape(-1)
-        grid, error = None, 0.0
-        if codec != "raw" and len(kept):
-            low, high = quantise.finite_range(whole)
-            grid, error = quantise.grid_of(low, high, bound), bound * (high - low)
-        exceptions, payload = b"", b""
-        if grid:
-            codes = self._scratch.take(f"codes{grid.code_type.__name__}", whole.size, grid.code_type)
-            broken = quantise.quantise(whole, grid, error, codes)
-            codes = codes.reshape(kept.shape)
-            if broken:
-                codes, exceptions, head.num_exceptions = _without(kept, codes, grid, error)
-            head.method, payload = self._payload(codes, grid, codec)
-        if grid is None or len(payload) + len(exceptions) >= whole.nbytes:
-            head.method, head.num_exceptions, grid = stream.RAW, 0, None
-            exceptions, payload = b"", kept.astype("<f4", copy=False).tobytes()
-        head.grid = grid
-        body = self._index(head, inverse) + exceptions + payload
-        return stream.write(head, len(body)) + body + bytes(head.padding)
-
-    def _distinct(
-        self, rows: Rows, ids: npt.NDArray[np.int64] | None, codec: str
-    ) -> tuple[Rows, Head, npt.NDArray[np.int64] | None]:
         head = Head(stream.RAW, ALL_ROWS, *rows.shape, len(rows))
-        if codec in _WHOLE or len(rows) == 0:
-            return rows, head, None
-        words = rows.view(np.uint32)
-        if ids is None:
-            found = distinct.by_content(words, self._scratch)
-        else:
-            found = distinct.by_ids(ids, self._scratch)
-            distinct.check_ids(words, ids, found)
-        head.num_distinct = len(found.first)
-        head.index = SENT_INDEX if ids is None else KNOWN_IDS
-        if len(found.first) == len(rows):
-            head.index = IN_ORDER
-            return rows, head, None
-        kept = self._scratch.take("kept", len(found.first) * rows.shape[1], np.float32).reshape(-1, rows.shape[1])
-        np.take(rows, found.first, axis=0, out=kept, mode="clip")
-        return kept, head, found.inverse
+        if len(rows) == 0:
+            return stream.write(head, 0)
+        found = self._open(rows, ids, bound, codec, head)
+        exceptions, payload = b"", b""
+        if found.grid:
+            codes = found.codes
+            if found.num_broken:
+                codes, exceptions, head.num_exceptions = _without(found)
+            head.method, payload = self._payload(codes, found.grid, codec)
+            head.grid = found.grid
+        if head.grid is None or len(payload) + len(exceptions) >= found.rows.nbytes:
+            head.method, head.num_exceptions, head.grid = stream.RAW, 0, None
+            exceptions, payload = b"", found.rows.astype("<f4", copy=False).tobytes()
+        body = b"".join((self._index(head, found, codec), exceptions, payload))
+        return b"".join((stream.write(head, len(body)), body, bytes(head.padding)))
+
+    def _open(
+        self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str, head: Head
+    ) -> Opened:
+        if codec in _WHOLE:
+            return opened.all_rows(rows, bound, self._scratch)
+        bound = opened.EXACT if codec == "raw" else bound
+        found = opened.distinct_rows(rows, ids, self._check_ids, bound, self._scratch)
+        head.num_distinct = len(found.rows)
+        head.index = IN_ORDER if len(found.rows) == len(rows) else SENT_INDEX if ids is None else KNOWN_IDS
+        return found
 
     def _payload(self, codes: npt.NDArray[Any], grid: Grid, codec: str) -> tuple[int, bytes]:
         if grid.num_codes > 256 or grid.num_codes == 1 or codec == "fixed" or codes.size == 0:
@@ -97,10 +84,11 @@ class Encoder:
         name = min(times, key=times.__getitem__)
         return _METHODS[name], found[name][0]
 
-    def _index(self, head: Head, inverse: npt.NDArray[np.int64] | None) -> bytes:
-        if head.index != SENT_INDEX or inverse is None:
+    def _index(self, head: Head, found: Opened, codec: str) -> bytes:
+        if head.index != SENT_INDEX:
             return b""
-        data = index.encode(inverse, head.num_distinct, self._scratch)
+        coder = index.pack if codec in ("fixed", "raw") else index.encode
+        data = coder(found.inverse, head.num_distinct, self._scratch)
         return stream.varint(len(data)) + data
 
 
@@ -126,12 +114,11 @@ def check_ids(ids: Any, num_rows: int) -> npt.NDArray[np.int64]:
     return np.ascontiguousarray(ids, np.int64)
 
 
-def _without(
-    kept: Rows, codes: npt.NDArray[Any], grid: Grid, error: float
-) -> tuple[npt.NDArray[Any], bytes, int]:
+def _without(found: Opened) -> tuple[npt.NDArray[Any], bytes, int]:
     """Codes of the rows that keep the bound; the others' numbers (as gaps) and their values."""
-    broken = quantise.broken_rows(kept, grid, error)
+    assert found.grid
+    broken = quantise.broken_rows(found.rows, found.grid, found.error)
     rows = np.flatnonzero(broken)
     gaps = np.diff(rows, prepend=-1) - 1
-    values = kept[rows].astype("<f4", copy=False).tobytes()
-    return codes[~broken], b"".join(stream.varint(int(gap)) for gap in gaps) + values, len(rows)
+    values = found.rows[rows].astype("<f4", copy=False).tobytes()
+    return found.codes[~broken], b"".join(stream.varint(int(gap)) for gap in gaps) + values, len(rows)

@@ -30,15 +30,13 @@ class Plan(NamedTuple):
 
 def plan(codes: npt.NDArray[np.uint8], num_codes: int, centre: int, scratch: Scratch) -> Plan:
     """Groups and models for codes (k, D), k and D at least 1."""
-    num_rows = len(codes)
-    labels = scratch.take("labels", num_rows, np.uint8)
+    labels = scratch.take("labels", len(codes), np.uint8)
     counts = scratch.take("counts", (NUM_BINS + 1) * MAX_CODES, np.int32).reshape(-1, MAX_CODES)
     frequencies = scratch.take("frequencies", counts.size, np.int64).reshape(counts.shape)
     sizes = scratch.take("sizes", NUM_BINS, np.int64)
     models = np.zeros((NUM_BINS + 1) * (_LONGEST_LEVEL * max(num_codes, NUM_BINS) + 8), np.uint8)
-    flat = codes.reshape(-1)
-    num_groups, bits, length = _plan(flat, num_rows, num_codes, centre, labels, counts, sizes, frequencies, models)
-    num_bytes = length + 4 * rans.lanes_of(flat.size) + int(bits / 8) + 2
+    num_groups, bits, length = _plan(codes, num_codes, centre, labels, counts, sizes, frequencies, models)
+    num_bytes = length + 4 * rans.lanes_of(codes.size) + int(bits / 8) + 2
     return Plan(num_bytes, num_groups, labels, sizes[:num_groups], frequencies, models[:length].tobytes())
 
 
@@ -49,7 +47,7 @@ def encode(codes: npt.NDArray[np.uint8], num_codes: int, made: Plan, scratch: Sc
         ordered = scratch.take("ordered", codes.size, np.uint8).reshape(codes.shape)
         np.take(codes, order_of(made.labels, made.sizes, scratch), axis=0, out=ordered, mode="clip")
     room = codes.size + len(codes) + 1
-    words, table = scratch.take("words", room, np.uint16), scratch.take("encoder", rans.ENCODER_SIZE, np.int64)
+    words, table = scratch.take("words", room, np.uint16), np.empty(rans.ENCODER_SHAPE, np.int64)
     states = np.full(rans.lanes_of(codes.size), rans.LOW, np.int64)
     at = _encode(ordered.reshape(-1), codes.shape[1], num_codes, made.labels, made.sizes, made.frequencies,
                  table, states, words)  # fmt: skip
@@ -95,10 +93,9 @@ def order_of(labels: npt.NDArray[np.uint8], sizes: npt.NDArray[np.int64], scratc
 
 @kernel
 def _plan(
-    codes: Any, num_rows: int, num_codes: int, centre: int, labels: Any, counts: Any, sizes: Any, frequencies: Any,
-    models: Any,
-) -> Any:  # fmt: skip
-    num_groups = group_rows(codes, num_rows, num_codes, centre, labels, counts, sizes)
+    codes: Any, num_codes: int, centre: int, labels: Any, counts: Any, sizes: Any, frequencies: Any, models: Any
+) -> Any:
+    num_groups = group_rows(codes, num_codes, centre, labels, counts, sizes)
     levels = np.empty(MAX_CODES, np.int64)
     at, total = put(models, 0, _GROUP_BITS, num_groups), 0.0
     if num_groups > 1:

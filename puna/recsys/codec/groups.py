@@ -20,16 +20,16 @@ _CODE_MODEL_BITS, _MODEL_BITS = 2.5, 24.0
 
 
 @kernel
-def group_rows(codes: Any, num_rows: int, num_codes: int, centre: int, labels: Any, counts: Any, sizes: Any) -> int:
+def group_rows(codes: Any, num_codes: int, centre: int, labels: Any, counts: Any, sizes: Any) -> int:
     """Groups of rows: their number; labels (k,) of the rows, sizes (NUM_BINS,) in rows, counts (NUM_BINS, 256) of codes.
 
-    codes: (k D,) uint8. Each group has at least one row.
+    codes: (k, D) uint8. Each group has at least one row.
     """
     for b in range(NUM_BINS):
         sizes[b] = 0
         for s in range(num_codes):
             counts[b, s] = 0
-    _bin_rows(codes, num_rows, centre, labels, counts, sizes)
+    _bin_rows(codes, centre, labels, counts, sizes)
     heads, of_bin = np.empty(NUM_BINS, np.int64), np.empty(NUM_BINS, np.int64)
     num_groups = 0
     for b in range(NUM_BINS):
@@ -43,27 +43,28 @@ def group_rows(codes: Any, num_rows: int, num_codes: int, centre: int, labels: A
         sizes[g] = sizes[heads[g]]
         for s in range(num_codes):
             counts[g, s] = counts[heads[g], s]
-    for r in range(num_rows):
+    for r in range(codes.shape[0]):
         labels[r] = of_bin[labels[r]]
     return num_groups
 
 
 @kernel
-def _bin_rows(codes: Any, num_rows: int, centre: int, labels: Any, counts: Any, sizes: Any) -> None:
-    width = codes.shape[0] // num_rows
-    middle = np.int32(centre)
-    for r in range(num_rows):
-        start, distance = r * width, np.int32(0)
-        for j in range(start, start + width):
-            distance += abs(np.int32(codes[j]) - middle)
+def _bin_rows(codes: Any, centre: int, labels: Any, counts: Any, sizes: Any) -> None:
+    width, middle = codes.shape[1], np.int32(centre)
+    for r in range(codes.shape[0]):
+        distance = 0
+        for j in range(width):
+            distance += abs(np.int32(codes[r, j]) - middle)
         b = _BIN_OF[(distance * _FINE + width - 1) // width]
         labels[r] = b
         sizes[b] += 1
-        if distance == 0:
+    for r in range(codes.shape[0]):
+        b = labels[r]
+        if b == 0:
             counts[b, centre] += width
         else:
-            for j in range(start, start + width):
-                counts[b, codes[j]] += 1
+            for j in range(width):
+                counts[b, codes[r, j]] += 1
 
 
 @kernel

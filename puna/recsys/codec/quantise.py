@@ -13,12 +13,13 @@ import numpy.typing as npt
 from puna.recsys.codec.compiled import kernel
 
 MAX_CODES = 1 << 16
-_LANES = 128
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ONE = np.float32(1)
+_INFINITE = 0x7F800000  # the bits of infinity, and so the first number of `_key` that is not finite
+NO_GRID = -1.0
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**126  # errors outside make denormal or infinite steps
 _MARGIN = 2.0**-14  # of the step, besides what rounding of values and codes takes
 _FAR = 65536.0  # a grid through 0 has whole numbers up to this; beyond it begins at the smallest value
-_SLACK = 1 - 2.0**-22  # of the check, so that E rounded to float32 by others is kept too
+_SLACK = 1 - 2.0**-21
 
 
 class Grid(NamedTuple):
@@ -42,39 +43,26 @@ class Grid(NamedTuple):
 
 def finite_range(values: npt.NDArray[np.float32]) -> tuple[float, float]:
     """Smallest and largest finite value of values (m,); (inf, -inf) where there is none."""
-    low, high, sound = _range(values)
-    return (low, high) if sound else _careful_range(values)
+    low, high = _range(values.view(np.int32))
+    return float(low), float(high)
 
 
 def grid_of(low: float, high: float, bound: float) -> Grid | None:
     """The grid of a slice whose finite values lie in [low, high]; None where floats have no such grid."""
-    if low == high:
-        return Grid(0.0, low, 0, 1)
-    error = bound * (high - low)
-    if not _SMALLEST <= error <= _LARGEST:
-        return None
-    largest = max(abs(low), abs(high))
-    far = largest / (2 * error)
-    base = 0.0 if far < _FAR else low
-    margin = _MARGIN + float(np.spacing(np.float32(largest))) / (2 * error) + (0.0 if base else far * 2.0**-22)
-    if margin > 0.5:
-        return None
-    step = np.float32(2 * error * (1 - margin))
-    first, last = _code(np.float32(low), step, base), _code(np.float32(high), step, base)
-    if last - first >= MAX_CODES:
-        return None
-    return Grid(float(step), base, int(first), int(last - first) + 1)
+    return as_grid(_grid(low, high, bound))
 
 
-def quantise(values: npt.NDArray[np.float32], grid: Grid, error: float, codes: npt.NDArray[Any]) -> int:
-    """Codes of values (m,), each in [0, num_codes); returns how many values come back with more than `error`.
+def as_grid(found: tuple[float, float, int, int]) -> Grid | None:
+    """What `quantised` found."""
+    return None if found[0] == NO_GRID else Grid(*found)
 
-    The codes of those mean nothing; `broken_rows` names their rows.
-    """
-    if grid.step == 0:
-        codes[:] = 0
-        return int(len(values) - np.count_nonzero(values == np.float32(grid.base)))
-    return _quantise(values, np.float32(grid.step), grid.base, np.float32(grid.low), _limit(error), codes)
+
+def quantise_wide(
+    values: npt.NDArray[np.float32], grid: Grid, error: float, codes: npt.NDArray[np.uint16]
+) -> int:
+    """Codes of values (m,) of a grid that has more than `quantised` fills; returns how many break the bound."""
+    limit = np.float32(_limit(error))
+    return _quantise(values, np.float32(grid.step), grid.base, np.float32(grid.low), limit, codes)
 
 
 def broken_rows(rows: npt.NDArray[np.float32], grid: Grid, error: float) -> npt.NDArray[np.bool_]:
@@ -82,7 +70,7 @@ def broken_rows(rows: npt.NDArray[np.float32], grid: Grid, error: float) -> npt.
     broken = np.empty(len(rows), np.bool_)
     if grid.step == 0:
         return (rows != np.float32(grid.base)).any(axis=1)
-    _broken(rows, np.float32(grid.step), grid.base, _limit(error), broken)
+    _broken(rows, np.float32(grid.step), grid.base, np.float32(_limit(error)), broken)
     return broken
 
 
@@ -94,10 +82,82 @@ def restore(codes: npt.NDArray[Any], grid: Grid, values: npt.NDArray[np.float32]
         _restore(codes, np.float32(grid.step), grid.base, np.float32(grid.low), values)
 
 
-def _limit(error: float) -> np.float32:
-    """Largest float32 such that a rounded difference up to it is a true one up to `error`."""
-    limit = np.float32(error * _SLACK)
-    return limit if float(limit) < error * _SLACK else np.nextafter(limit, _ZERO)
+@kernel
+def _limit(error: float) -> Any:
+    """What a difference that float32 rounds may come to, such that it is below `error`, and below that in float32."""
+    return np.float32(error * _SLACK)
+
+
+@kernel
+def _key(bits: int) -> int:
+    """Numbers in the order of the floats whose bits they are; its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@kernel
+def _range(bits: Any) -> Any:
+    """Smallest and largest finite float32 of their bits as int32 (m,)."""
+    low, high = np.int32(0x7FFFFFFF), np.int32(-0x80000000)
+    for i in range(bits.shape[0]):
+        key = np.int32(_key(bits[i]))
+        low, high = np.int32(min(low, key)), np.int32(max(high, key))
+    if high >= _INFINITE or low <= _key(_INFINITE - 0x80000000):
+        low, high = _finite_range(bits)
+    ends = np.empty(2, np.int32)
+    ends[0], ends[1] = _key(low), _key(high)
+    return ends.view(np.float32)[0], ends.view(np.float32)[1]
+
+
+@kernel
+def _finite_range(bits: Any) -> Any:
+    low, high = np.int32(_INFINITE), np.int32(_key(_INFINITE - 0x80000000))
+    for i in range(bits.shape[0]):
+        if (bits[i] & _INFINITE) != _INFINITE:
+            key = np.int32(_key(bits[i]))
+            low, high = np.int32(min(low, key)), np.int32(max(high, key))
+    return low, high
+
+
+@kernel
+def _grid(low: float, high: float, bound: float) -> Any:
+    """Step (NO_GRID: none), base, smallest code, number of codes."""
+    if low == high:
+        return 0.0, low, 0, 1
+    error = bound * (high - low)
+    if not _SMALLEST <= error <= _LARGEST:
+        return NO_GRID, 0.0, 0, 0
+    largest = np.float32(max(abs(low), abs(high)))
+    far = largest / (2 * error)
+    base = 0.0 if far < _FAR else low
+    margin = _MARGIN + (np.nextafter(largest, np.float32(np.inf)) - largest) / (2 * error)
+    if base == 0.0:
+        margin += far * 2.0**-22
+    if not margin <= 0.5:
+        return NO_GRID, 0.0, 0, 0
+    step = np.float32(2 * error * (1 - margin))
+    first, last = _code(np.float32(low), step, base), _code(np.float32(high), step, base)
+    if last - first >= MAX_CODES:
+        return NO_GRID, 0.0, 0, 0
+    return np.float64(step), base, np.int64(first), np.int64(last - first) + 1
+
+
+@kernel
+def quantised(values: Any, bits: Any, bound: float, codes: Any) -> Any:
+    """Values (m,), their bits as int32 -> what `as_grid` takes, the largest error E, how many values break it.
+
+    Fills codes (m,) uint8 where they fit; codes of values that come back with more than E mean nothing.
+    """
+    low, high = _range(bits)
+    low, high = np.float64(low), np.float64(high)
+    grid, error, num_broken = _grid(low, high, bound), bound * (high - low), 0
+    step, base, first, num_codes = grid
+    if step == 0.0:
+        for i in range(values.shape[0]):
+            num_broken += values[i] != np.float32(base)
+            codes[i] = 0
+    elif 0 < num_codes <= 256:
+        num_broken = _quantise(values, np.float32(step), base, np.float32(first), _limit(error), codes)
+    return grid, error, num_broken
 
 
 @kernel
@@ -115,53 +175,19 @@ def _value(code: Any, step: Any, base: float) -> Any:
 
 
 @kernel
-def _range(values: Any) -> Any:
-    """Of 128 lanes, so that it becomes vector code; a value that is not finite makes the third answer False."""
-    lows, highs, sums = np.empty(_LANES, np.float32), np.empty(_LANES, np.float32), np.empty(_LANES, np.float32)
-    for j in range(_LANES):
-        lows[j], highs[j], sums[j] = np.inf, -np.inf, 0
-    full = values.shape[0] // _LANES * _LANES
-    for start in range(0, full, _LANES):
-        for j in range(_LANES):
-            v = values[start + j]
-            lows[j] = v if v < lows[j] else lows[j]
-            highs[j] = v if v > highs[j] else highs[j]
-            sums[j] += v * _ZERO
-    for i in range(full, values.shape[0]):
-        v = values[i]
-        lows[0] = v if v < lows[0] else lows[0]
-        highs[0] = v if v > highs[0] else highs[0]
-        sums[0] += v * _ZERO
-    low, high, total = np.inf, -np.inf, 0.0
-    for j in range(_LANES):
-        low, high = min(low, lows[j]), max(high, highs[j])
-        total += sums[j]
-    return low, high, total == 0.0
-
-
-@kernel
-def _careful_range(values: Any) -> Any:
-    low, high = np.inf, -np.inf
-    for i in range(values.shape[0]):
-        if np.isfinite(values[i]):
-            low, high = min(low, values[i]), max(high, values[i])
-    return low, high
-
-
-@kernel
 def _quantise(values: Any, step: Any, base: float, low: Any, limit: Any, codes: Any) -> int:
-    num_broken = 0
+    num_broken = np.int32(0)
     if base == 0.0:
         inverse = _ONE / step
         for i in range(values.shape[0]):
             q = np.rint(values[i] * inverse)
-            num_broken += not abs(values[i] - q * step) <= limit
+            num_broken = np.int32(num_broken + np.int32(not abs(values[i] - q * step) <= limit))
             codes[i] = np.int32(q - low)
-        return num_broken
-    for i in range(values.shape[0]):
-        q = _code(values[i], step, base)
-        num_broken += not abs(values[i] - _value(q, step, base)) <= limit
-        codes[i] = np.int32(q - low)
+    else:
+        for i in range(values.shape[0]):
+            q = _code(values[i], step, base)
+            num_broken = np.int32(num_broken + np.int32(not abs(values[i] - _value(q, step, base)) <= limit))
+            codes[i] = np.int32(q - low)
     return num_broken
 
 

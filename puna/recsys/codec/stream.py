@@ -48,23 +48,21 @@ def write(head: Head, body_size: int) -> bytes:
     """The head's bytes; sets its padding, which goes after the body."""
     head.padding = max(0, -(-(head.num_rows * head.width - FREE_VALUES) // VALUES_PER_BYTE) - body_size)
     flags = head.index | (_EXCEPTIONS if head.num_exceptions else 0) | (_PADDING if head.padding else 0)
-    numbers = [head.num_rows, head.width]
+    grid = head.grid
+    if grid and grid.base:
+        flags |= _BASE
+    text = bytearray((MAGIC, VERSION << 4 | head.method, flags))
+    text += varint(head.num_rows) + varint(head.width)
     if head.index in (KNOWN_IDS, SENT_INDEX):
-        numbers.append(head.num_distinct)
+        text += varint(head.num_distinct)
     if head.num_exceptions:
-        numbers.append(head.num_exceptions)
+        text += varint(head.num_exceptions)
     if head.padding:
-        numbers.append(head.padding)
-    floats = b""
-    if head.grid:
-        low = head.grid.low
-        numbers += [2 * low if low >= 0 else -2 * low - 1, head.grid.num_codes - 1]
-        floats = struct.pack("<f", head.grid.step)
-        if head.grid.base:
-            flags |= _BASE
-            floats += struct.pack("<f", head.grid.base)
-    text = bytes([MAGIC, VERSION << 4 | head.method, flags]) + b"".join(map(varint, numbers)) + floats
-    return text + struct.pack("<H", binascii.crc_hqx(text, 0xFFFF))
+        text += varint(head.padding)
+    if grid:
+        text += varint(2 * grid.low if grid.low >= 0 else -2 * grid.low - 1) + varint(grid.num_codes - 1)
+        text += struct.pack("<ff", grid.step, grid.base) if grid.base else struct.pack("<f", grid.step)
+    return bytes(text + binascii.crc_hqx(text, 0xFFFF).to_bytes(2, "little"))
 
 
 def read(stream: memoryview) -> tuple[Head, int]:
@@ -113,11 +111,9 @@ def _check(head: Head, size: int, body_size: int) -> None:
 
 def varint(number: int) -> bytes:
     """A whole number from 0 on, seven bits a byte, lowest first; the top bit: more follow."""
-    parts = []
-    while number > 127:
-        parts.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*parts, number])
+    if number < 128:
+        return bytes((number,))
+    return bytes((number & 127 | 128,)) + varint(number >> 7)
 
 
 class Reader:
@@ -140,12 +136,12 @@ class Reader:
     def varint(self) -> int:
         """A number of `varint`'s, below 2**35."""
         number = 0
-        for shift in range(0, 35, 7):
-            byte = self.take(1)[0]
+        for shift, byte in zip(range(0, 35, 7), self.stream[self.at : self.at + 5], strict=False):
             number |= (byte & 127) << shift
+            self.at += 1
             if byte < 128:
                 return number
-        raise damaged("a number of more than 35 bits")
+        raise damaged("it ends within a number, or has one of more than 35 bits")
 
     def float32(self) -> float:
         """Four bytes, little-endian."""
