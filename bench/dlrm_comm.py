@@ -3,10 +3,10 @@
     python bench/dlrm_comm.py --json          (root: network namespaces, veth, tc tbf)
 
 Each rank is a process with one thread in a network namespace of its own; the namespaces are joined by a cable whose
-rate is set by a token bucket at both ends. Networks of the terabyte setting (13-512-256-64 and 512-512-256-1), D = 64, batch
-2,048 a rank, tables of up to 200,000 rows placed whole, ids by Zipf's law. The all-reduce of gradients of networks goes
-over the same link and is never compressed. The rate is set so that in the raw arm (float32, a row for every sample) the
-forward and the backward exchange take 31 % of a step each, as in Feng et al. 2024.
+rate is set by a token bucket at both ends. Networks of the terabyte setting (13-512-256-64 and 512-512-256-1), D = 64,
+batch 2,048 a rank, tables of up to 200,000 rows placed whole, ids by Zipf's law. The all-reduce of the networks'
+gradients goes over the same link and is never compressed. The rate is set so that in the raw arm (float32, a row for
+every sample) the forward and the backward exchange take 31 % of a step each, as in Feng et al. 2024.
 
 Arms, alternated: raw; fp16 and int8 (row-wise) both ways; forward: the error-bounded codec on rows alone, gradients
 raw; both: gradients too. shares: of the raw arm's step, by exposed time. amdahl_forward: the speed-up if the forward

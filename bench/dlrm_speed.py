@@ -5,9 +5,10 @@
 The Kaggle networks (13-512-256-64-16 and 512-256-1), 26 tables with the Kaggle cardinalities up to 200,000 rows,
 batches of 2,048, SGD. Puna trains from clicks on disk through its whole step: reading, lookups, exchange with itself,
 checks, updates. The peers take batches that were made beforehand. All draw ids by Zipf's law with exponent 1.05.
-`_bf16`: the networks multiply in bf16, the peers by autocast; left out where the CPU has no such products. A round runs every arm once; the figures are medians of rounds.
-`speedup_KIND`: Puna over the faster peer of that kind; `speedup`: its faster kind over the fastest peer. --auc SAMPLES: also trains
-Puna and the reference on the same planted clicks, and Puna in both dtypes, and compares AUC.
+`_bf16`: the networks multiply in bf16, the peers by autocast; left out where the CPU has no such products. A round
+runs every arm once; the figures are medians of rounds. `speedup_KIND`: Puna over the faster peer of that kind;
+`speedup`: its faster kind over the fastest peer. --auc SAMPLES: also trains Puna and the reference on the same planted
+clicks, and Puna in both dtypes, and compares AUC.
 """
 
 import argparse

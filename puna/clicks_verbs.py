@@ -1,10 +1,11 @@
 """Verbs of `puna recsys` around clicks: parse, call one function, print. What they need is imported inside them."""
 
+import json
 from pathlib import Path
 
 import click
 
-from puna.verbs import as_json, print_figures
+from puna.verbs import RECIPE_ARGUMENTS, as_json, print_figures, recipe_name, settings
 
 run_folder = click.argument("run", type=click.Path(path_type=Path))
 
@@ -125,4 +126,55 @@ def clicks_generate(
     print_figures(figures, as_json)
 
 
-VERBS = (clicks_import, clicks_generate)
+@click.command("report")
+@run_folder
+@click.option("--beside", type=click.Path(path_type=Path), help="A run without compression, to hold accuracy against.")
+@as_json
+def clicks_report(run: Path, beside: Path | None, as_json: bool) -> None:
+    """What a run's exchange came to: ratio, bound, class and bytes by table.
+
+    \b
+    Example:  puna recsys report runs/dlrm --beside runs/dlrm-raw
+    """
+    from puna.recsys.report import lines, report
+
+    found = report(run, beside)
+    click.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
+
+
+@click.command("tune", context_settings=RECIPE_ARGUMENTS)
+@recipe_name
+@settings
+@click.option("--ne-budget", default="0.02%", show_default=True, help="Rise of the normalised entropy that is allowed.")
+@click.option("--samples", default=500_000, show_default=True, type=click.IntRange(1), help="Of a rehearsal.")
+@as_json
+def clicks_tune(recipe: str, overrides: tuple[str, ...], ne_budget: str, samples: int, as_json: bool) -> None:
+    """Bounds for an accuracy budget, by a short search.
+
+    Trains on the first samples without compression, then with the recipe's bounds times some scales, and prints the
+    largest bounds whose normalised entropy stays within the budget.
+
+    \b
+    Example:  puna recsys tune dlrm-terabyte --data.path clicks --ne-budget 0.02% --samples 200000
+    """
+    from puna.errors import RecipeError
+    from puna.recipe import load
+
+    loaded = load(recipe, overrides).recipe
+    if loaded.task != "dlrm" or "bounded" not in (loaded.exchange.forward, loaded.exchange.backward):
+        raise RecipeError(f"{recipe} has no bounds to choose", "Set task to dlrm and exchange.forward to bounded.")
+    try:
+        budget = float(ne_budget.removesuffix("%")) / (100 if ne_budget.endswith("%") else 1)
+    except ValueError:
+        raise RecipeError(f"--ne-budget {ne_budget} is no share", "Write 0.02% or 0.0002.") from None
+    from puna.recsys.budget import search
+    from puna.recsys.clicks import Clicks
+
+    clicks = Clicks.open(loaded.data.path)
+    found = search(loaded.dlrm, loaded.exchange, clicks, budget, samples=samples, seed=loaded.run.seed)
+    if not as_json:
+        found.pop("trials")
+    print_figures(found, as_json)
+
+
+VERBS = (clicks_import, clicks_generate, clicks_report, clicks_tune)
