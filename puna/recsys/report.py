@@ -1,4 +1,4 @@
-"""What a run's exchange came to: ratio, bound, class and bytes by table, bytes over time, accuracy beside another run."""
+"""What a run's exchange came to: ratio, bound, class and bytes by table, over time; accuracy beside another run."""
 
 from pathlib import Path
 from typing import Any

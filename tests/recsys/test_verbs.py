@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from clicking import steps, task_of
 from click.testing import CliRunner
+from clicking import steps, task_of
 
 from puna import cli
 from puna.errors import CheckpointError, RecipeError
