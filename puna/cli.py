@@ -12,6 +12,7 @@ import click
 
 from puna import __version__
 from puna.clicks_verbs import VERBS as CLICKS_VERBS
+from puna.clicks_verbs import plan_exchange
 from puna.errors import PunaError
 from puna.graph_verbs import graph
 from puna.health_verbs import health
@@ -619,6 +620,7 @@ puna.add_command(health)
 puna.add_command(graph)
 puna.add_command(plan)
 puna.add_command(recipe)
+plan.add_command(plan_exchange)
 for verb in CLICKS_VERBS:
     recsys.add_command(verb)
 puna.add_command(recsys)

@@ -177,4 +177,34 @@ def clicks_tune(recipe: str, overrides: tuple[str, ...], ne_budget: str, samples
     print_figures(found, as_json)
 
 
+@click.command("exchange", context_settings=RECIPE_ARGUMENTS)
+@recipe_name
+@settings
+@click.option("--link", default=10.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Gbit/s.")
+@click.option("--ranks", default=2, show_default=True, type=click.IntRange(2), help="Ranks that share a batch.")
+@click.option("--step", default=0, show_default=True, type=click.IntRange(0), help="Of the run, for its bounds.")
+@as_json
+def plan_exchange(recipe: str, overrides: tuple[str, ...], link: float, ranks: int, step: int, as_json: bool) -> None:
+    """Whether compressing the exchange of a recommendation model pays on a link, by table.
+
+    Codecs are timed on this machine, on the ids of the first batch of the recipe's clicks and fresh rows.
+
+    \b
+    Example:  puna plan exchange dlrm-terabyte --data.path clicks --link 10 --ranks 4
+    """
+    from puna.errors import RecipeError
+    from puna.plan.exchange import lines, pays
+    from puna.recipe import load
+    from puna.recsys.clicks import Clicks
+
+    loaded = load(recipe, overrides).recipe
+    if loaded.task != "dlrm":
+        raise RecipeError(
+            f"{recipe} is a recipe of task {loaded.task}, which exchanges no rows", "Name one of task dlrm."
+        )
+    clicks = Clicks.open(loaded.data.path)
+    found = pays(loaded.dlrm, loaded.exchange, clicks, link_gbps=link, ranks=ranks, step=step)
+    click.echo(json.dumps(found) if as_json else "\n".join(lines(found)))
+
+
 VERBS = (clicks_import, clicks_generate, clicks_report, clicks_tune)

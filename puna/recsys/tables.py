@@ -189,7 +189,7 @@ class Tables:
         n, rows, width = block
         table = self.shards[n].table
         mark = _key(seed, n, owner, user) if backward[table] else 0
-        return Block(rows, width, forward[table], backward[table], mark)
+        return Block(rows, width, forward[table], backward[table], mark, self.distinct)
 
     def gather(self, lookup: Lookup) -> Tensor:
         """The rows that others (and this rank) need of this rank's shards, flat: for rank 0 first."""

@@ -27,7 +27,7 @@ class Block:
     """Rows of one table, or of a piece of it, for one rank (or from it).
 
     bound, back: largest error over the range of the block, forward and backward; 0: as float32. seed: of rounding
-    without bias, backward; 0: to the nearest.
+    without bias, backward; 0: to the nearest. distinct: no two rows are of one id, so that repeats are not looked for.
     """
 
     rows: int
@@ -35,6 +35,7 @@ class Block:
     bound: float = 0.0
     back: float = 0.0
     seed: int = 0
+    distinct: bool = False
 
     @property
     def count(self) -> int:
@@ -149,7 +150,7 @@ class Bounded:
     def __init__(self, codec: str = "auto", num_threads: int = 1) -> None:
         from puna.recsys.codec.api import Codec
 
-        self.codec, self._coder = codec, Codec(num_threads=num_threads)
+        self.codec, self._coder = codec, Codec(num_threads=num_threads, check_ids=False)
 
     def size(self, block: Block) -> None:
         return None
@@ -162,11 +163,16 @@ class Bounded:
             bound = block.bound
             if dithered and bound and block.seed:
                 part, bound = with_noise(part, bound, block.seed)
-            slices.append(Slice(part, None, bound or 0.5, self.codec if bound else "raw"))
+            slices.append(Slice(part, _numbers(block), bound or 0.5, self.codec if bound else "raw"))
         return [np.frombuffer(stream, np.uint8) for stream in self._coder.encode_many(slices)]
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
-        self._coder.decode_many(list(streams), None, list(outs))
+        self._coder.decode_many(list(streams), [_numbers(block) for block in blocks], list(outs))
+
+
+def _numbers(block: Block) -> npt.NDArray[np.int64] | None:
+    """Ids that both ends know, where all rows are of different ones."""
+    return np.arange(block.rows) if block.distinct else None
 
 
 def with_noise(rows: Rows, bound: float, seed: int) -> tuple[Rows, float]:

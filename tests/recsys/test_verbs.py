@@ -106,3 +106,18 @@ def test_bounds_leave_training_close_and_wide_ones_do_not(planted):
     far = steps(task_of(planted, table_lr=2.0, exchange=wire | {"base": 0.4}), 40)
     distance = [sum(abs(a - b) for a, b in zip(raw, other, strict=True)) for other in (near, far)]
     assert 0 < distance[0] < 0.1 * distance[1]
+
+
+def test_the_plan_says_where_compression_pays(planted):
+    """On a slow link it does for every table; on one faster than any codec it does for none."""
+    words = ("--data.path", str(planted.folder), "--dlrm.dim", "32", "--ranks", "2", "--json")
+    slow, fast = (
+        json.loads(puna("plan", "exchange", "dlrm-tiny", *words, "--link", link)) for link in ("0.001", "1000000")
+    )
+    assert [table["name"] for table in slow["tables"]] == list(planted.tables)
+    assert slow["tables"][0]["speedup"] > 2
+    assert slow["speedup"] > 2
+    assert {table["codec"] for table in fast["tables"]} == {"plain"}
+    assert fast["speedup"] == 1
+    with pytest.raises(RecipeError, match="exchanges no rows"):
+        puna("plan", "exchange", "tiny")
