@@ -173,23 +173,24 @@ class Tables:
 
         def of(side: list[list[tuple[int, int, int]]], outgoing: bool) -> Blocks:
             return [
-                [
-                    self._sized(block, forward, backward, seed, *((self.rank, p) if outgoing else (p, self.rank)))
-                    for block in part
-                ]
-                for p, part in enumerate(side)
+                [block(*facts, *((self.rank, p) if outgoing else (p, self.rank))) for facts in side[p]] for p in ranks
             ]
 
+        def block(n: int, rows: int, width: int, owner: int, user: int) -> Block:
+            table = self.shards[n].table
+            mark = _key(seed, n, owner, user) if backward[table] else 0
+            ids = self._ids(lookup, n, user) if forward[table] or backward[table] else None
+            return Block(rows, width, forward[table], backward[table], mark, ids, ids if self.distinct else None)
+
+        ranks = range(self.size)
         return of(lookup.sent, True), of(lookup.received, False)
 
-    def _sized(
-        self, block: tuple[int, int, int], forward: Sequence[float], backward: Sequence[float], seed: int, owner: int,
-        user: int,
-    ) -> Block:  # fmt: skip
-        n, rows, width = block
-        table = self.shards[n].table
-        mark = _key(seed, n, owner, user) if backward[table] else 0
-        return Block(rows, width, forward[table], backward[table], mark, self.distinct)
+    def _ids(self, lookup: Lookup, n: int, user: int) -> npt.NDArray[np.int32]:
+        """Ids of the rows of a block, which both ends know."""
+        shard, first = self.shards[n], int(lookup.cuts[user])
+        ids = lookup.distinct[shard.table, first : first + int(lookup.counts[shard.table, user])]
+        whole = shard.rows == self.rows[shard.table]
+        return ids if whole else ids[(ids >= shard.first_row) & (ids < shard.end_row)]
 
     def gather(self, lookup: Lookup) -> Tensor:
         """The rows that others (and this rank) need of this rank's shards, flat: for rank 0 first."""

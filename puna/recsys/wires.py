@@ -7,7 +7,7 @@ bounded   the error-bounded codec; sizes are known once it is done
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,8 @@ class Block:
     """Rows of one table, or of a piece of it, for one rank (or from it).
 
     bound, back: largest error over the range of the block, forward and backward; 0: as float32. seed: of rounding
-    without bias, backward; 0: to the nearest. distinct: no two rows are of one id, so that repeats are not looked for.
+    without bias, backward; 0: to the nearest. ids, back_ids: (rows,) that both ends know; rows of one id are equal, and
+    sent once; None: repeats are looked for.
     """
 
     rows: int
@@ -35,7 +36,8 @@ class Block:
     bound: float = 0.0
     back: float = 0.0
     seed: int = 0
-    distinct: bool = False
+    ids: Any = field(default=None, compare=False)
+    back_ids: Any = field(default=None, compare=False)
 
     @property
     def count(self) -> int:
@@ -44,7 +46,7 @@ class Block:
 
     def turned(self) -> "Block":
         """The block of its gradients, on the way back."""
-        return replace(self, bound=self.back, back=self.bound)
+        return replace(self, bound=self.back, back=self.bound, ids=self.back_ids, back_ids=self.ids)
 
 
 class Wire(Protocol):
@@ -163,16 +165,11 @@ class Bounded:
             bound = block.bound
             if dithered and bound and block.seed:
                 part, bound = with_noise(part, bound, block.seed)
-            slices.append(Slice(part, _numbers(block), bound or 0.5, self.codec if bound else "raw"))
+            slices.append(Slice(part, block.ids, bound or 0.5, self.codec if bound else "raw"))
         return [np.frombuffer(stream, np.uint8) for stream in self._coder.encode_many(slices)]
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
-        self._coder.decode_many(list(streams), [_numbers(block) for block in blocks], list(outs))
-
-
-def _numbers(block: Block) -> npt.NDArray[np.int64] | None:
-    """Ids that both ends know, where all rows are of different ones."""
-    return np.arange(block.rows) if block.distinct else None
+        self._coder.decode_many(list(streams), [block.ids for block in blocks], list(outs))
 
 
 def with_noise(rows: Rows, bound: float, seed: int) -> tuple[Rows, float]:
