@@ -51,7 +51,9 @@ OURS = ("rans", "fixed", "raw")
 class Side:
     """One codec over all tables of a cell."""
 
-    def __init__(self, tables: list[Table], encode: Callable[[Table], Any], decode: Callable[[Table, Any], Any]) -> None:
+    def __init__(
+        self, tables: list[Table], encode: Callable[[Table], Any], decode: Callable[[Table, Any], Any]
+    ) -> None:
         self.tables, self._encode, self._decode = tables, encode, decode
         self.num_bytes = sum(table.rows.nbytes for table in tables)
         self.encoded: list[Any] = []
@@ -178,7 +180,9 @@ def summary(cells: dict[str, Any], peers: list[str]) -> dict[str, Any]:
     found["geomean_ratio_over_best_peer_tables"] = geomean(tables) if tables else None
     found["min_ratio_over_best_peer_tables"] = min(tables, default=None)
     found["modelled_time_over_best_peer"] = {
-        link: max(min(c["times"][link][n] for n in OURS) / min(c["times"][link][n] for n in peers) for c in cells.values())
+        link: max(
+            min(c["times"][link][n] for n in OURS) / min(c["times"][link][n] for n in peers) for c in cells.values()
+        )
         if peers
         else None
         for link in LINKS

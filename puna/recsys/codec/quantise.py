@@ -33,7 +33,7 @@ class Grid(NamedTuple):
     @property
     def code_type(self) -> type:
         """What holds a code."""
-        return np.uint8 if self.num_codes <= 256 else np.uint16
+        return np.uint8 if self.num_codes <= 256 else np.int64
 
     @property
     def centre(self) -> int:
@@ -57,9 +57,7 @@ def as_grid(found: tuple[float, float, int, int]) -> Grid | None:
     return None if found[0] == NO_GRID else Grid(*found)
 
 
-def quantise_wide(
-    values: npt.NDArray[np.float32], grid: Grid, error: float, codes: npt.NDArray[np.uint16]
-) -> int:
+def quantise_wide(values: npt.NDArray[np.float32], grid: Grid, error: float, codes: npt.NDArray[np.int64]) -> int:
     """Codes of values (m,) of a grid that has more than `quantised` fills; returns how many break the bound."""
     limit = np.float32(_limit(error))
     return _quantise(values, np.float32(grid.step), grid.base, np.float32(grid.low), limit, codes)
