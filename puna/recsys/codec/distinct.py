@@ -13,7 +13,7 @@ _MIX = np.int64(0x9E3779B97F4A7C15 - (1 << 64))
 
 
 class Distinct(NamedTuple):
-    """`first` (k,): the lookup at which each distinct row is first met; `inverse` (n,): the number of a lookup's row."""
+    """`first` (k,): lookup at which each distinct row is first met; `inverse` (n,): number of a lookup's row."""
 
     first: npt.NDArray[np.int64]
     inverse: npt.NDArray[np.int64]

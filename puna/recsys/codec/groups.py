@@ -21,7 +21,7 @@ _CODE_MODEL_BITS, _MODEL_BITS = 2.5, 24.0
 
 @kernel
 def group_rows(codes: Any, num_codes: int, centre: int, labels: Any, counts: Any, sizes: Any) -> int:
-    """Groups of rows: their number; labels (k,) of the rows, sizes (NUM_BINS,) in rows, counts (NUM_BINS, 256) of codes.
+    """The number of groups. Fills labels (k,) of rows, sizes (NUM_BINS,) in rows, counts (NUM_BINS, 256) of codes.
 
     codes: (k, D) uint8. Each group has at least one row.
     """

@@ -1,4 +1,4 @@
-"""Canonical Huffman codes of at most 12 bits, over all rows: the published scheme's entropy coder (Feng et al., SC24)."""
+"""Canonical Huffman codes of at most 12 bits, over all rows: the published scheme's coder (Feng et al., SC24)."""
 
 import heapq
 from itertools import count

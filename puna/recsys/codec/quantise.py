@@ -1,7 +1,6 @@
 """The error-bounded quantiser: x becomes a whole number q on a grid, and x' = step q (+ base) comes back.
 
-The bound is relative to the slice (Feng et al., SC24, section on error-bounded quantisation): E = bound (max - min) over
-its finite values. The grid's step is a little less than 2 E, so that rounding in float32 does not break the bound;
+The bound is relative to the slice (Feng et al., SC24): E = bound (max - min) over its finite values. The grid's step is a little less than 2 E, so that rounding in float32 does not break the bound;
 every value is checked as the receiver will compute it, and rows that break it are left to the caller.
 """
 
@@ -23,7 +22,7 @@ _SLACK = 1 - 2.0**-21
 
 
 class Grid(NamedTuple):
-    """x' = step (code + low) in float32, or base + step (code + low) in float64 and then rounded, where base is not 0."""
+    """x' = step (code + low) in float32; where base is not 0: base + step (code + low) in float64, and then rounded."""
 
     step: float
     base: float

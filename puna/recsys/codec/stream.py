@@ -1,4 +1,4 @@
-"""The head of a stream: everything a decoder must know before it makes room for anything. The layout is in docs/codec.md.
+"""The head of a stream: all that a decoder must know before it makes room for anything. Layout: docs/codec.md.
 
 What a stream may ask for is bounded by its own length: FREE_VALUES numbers, and VALUES_PER_BYTE more for each byte. The
 encoder pads the few streams that say more in less.

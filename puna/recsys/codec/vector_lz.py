@@ -1,4 +1,4 @@
-"""LZ whose symbol is a whole row of codes: the published scheme's other coder (hipdac-lab/ICS23-GPULZ, vector_matching).
+"""LZ whose symbol is a whole row of codes: the published scheme's other coder (ICS23-GPULZ, vector_matching).
 
 Blocks of 2,048 rows stand by themselves. At each row the longest run of rows that also began within the `window` rows
 before it is taken (a run may reach into itself), else the row is copied. Four arrays, one after the other: bytes of

@@ -45,7 +45,8 @@ def test_lookups_keep_the_bound(lookups, check_bound, width, bound):
 
 
 def test_real_columns_keep_the_bound(data_dir, check_bound):
-    lines = gzip.open(data_dir / "ctr-criteo" / "kaggle_train.tsv.gz", "rt").read().splitlines()
+    with gzip.open(data_dir / "ctr-criteo" / "kaggle_train.tsv.gz", "rt") as file:
+        lines = file.read().splitlines()
     counts = np.array([[float(field or 0) for field in line.split("\t")[1:14]] for line in lines])
     rows = np.log1p(np.maximum(counts, 0)).astype(np.float32)
     for bound in (0.001, 0.01, 0.05):
