@@ -6,8 +6,9 @@
 Without --slices: 26 tables x 2,048 lookups for D = 16, 32 and 64 (codec_slices.py), kept in --cache. DIR holds
 NAME.rows.npy (n, D) float32 and NAME.ids.npy (n,), a pair a table; tables of one D form a cell. Peers: codec_peers.py
 (pip install lz4 blosc2 zfpy pysz backports-zstd). All are alternated, each table in a call of its own; times are the
-process's processor seconds (so that other work on the machine counts less), medians of --rounds. Two accounts: the receiver knows the ids (no index is counted), and it does not (the index is sent; Puna is then not
-given the ids). A cell is a D, a bound and an account; sizes of a cell are those of all its tables.
+process's processor seconds (so that other work on the machine counts less), medians of --rounds. Two accounts: the
+receiver knows the ids (no index is counted), and it does not (the index is sent; Puna is then not given the ids). A
+cell is a D, a bound and an account; sizes of a cell are those of all its tables.
 
 entropy_gap_pct: largest over cells, of bytes over the order-0 entropy of the codes of distinct rows (and of the index
 where it is sent), each table's by itself. geomean_ratio_over_best_peer: over cells; min_...: the smallest;

@@ -1,7 +1,8 @@
 """The error-bounded quantiser: x becomes a whole number q on a grid, and x' = step q (+ base) comes back.
 
-The bound is relative to the slice (Feng et al., SC24): E = bound (max - min) over its finite values. The grid's step is a little less than 2 E, so that rounding in float32 does not break the bound;
-every value is checked as the receiver will compute it, and rows that break it are left to the caller.
+The bound is relative to the slice (Feng et al., SC24): E = bound (max - min) over its finite values. The grid's step is a
+little less than 2 E, so that rounding in float32 does not break the bound; every value is checked as the receiver will
+compute it, and rows that break it are left to the caller.
 """
 
 from typing import Any, NamedTuple
