@@ -22,7 +22,7 @@ def put(buffer: Any, at: int, width: int, value: int) -> int:
 
 
 @kernel
-def get(buffer: Any, at: int, width: int) -> int:
+def get(buffer: Any, at: int, width: int) -> Any:
     """The value of `width` bits, at most eight, at bit `at`; DAMAGED where the buffer ends before them."""
     if at < 0 or at + width > 8 * buffer.shape[0]:
         return DAMAGED

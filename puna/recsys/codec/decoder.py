@@ -36,6 +36,7 @@ class Decoder:
             inverse = order
         elif order is not None:
             inverse = np.take(order, inverse, out=self._scratch.take("order", head.num_rows, np.int64), mode="clip")
+        assert inverse is not None  # rows that are in order are decoded where they belong
         np.take(rows, inverse, axis=0, out=out, mode="clip")
         return out
 

@@ -31,7 +31,7 @@ class Encoder:
 
     def encode(self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str) -> bytes:
         """The stream of rows (n, D)."""
-        head = Head(stream.RAW, ALL_ROWS, *rows.shape, len(rows))
+        head = Head(stream.RAW, ALL_ROWS, rows.shape[0], rows.shape[1], len(rows))
         if len(rows) == 0:
             return stream.write(head, 0)
         found = self._open(rows, ids, bound, codec, head)

@@ -155,7 +155,8 @@ def _encode(inverse: Any, num_distinct: int, discount: int, tree: Any, seen: Any
 @kernel
 def _decode(data: Any, num_distinct: int, discount: int, tree: Any, seen: Any, inverse: Any) -> int:
     tree[:] = 0
-    at, code, width = 1, 0, (1 << _BITS) - 1
+    code: Any = 0
+    at, width = 1, (1 << _BITS) - 1
     for _ in range(_BITS // 8):
         code = (code << 8) | (np.int64(data[at]) if at < data.shape[0] else 0)
         at += 1

@@ -1,8 +1,8 @@
 """The error-bounded quantiser: x becomes a whole number q on a grid, and x' = step q (+ base) comes back.
 
-The bound is relative to the slice (Feng et al., SC24): E = bound (max - min) over its finite values. The grid's step is a
-little less than 2 E, so that rounding in float32 does not break the bound; every value is checked as the receiver will
-compute it, and rows that break it are left to the caller.
+The bound is relative to the slice (Feng et al., SC24): E = bound (max - min) over its finite values. The grid's step is
+a little less than 2 E, so that rounding in float32 does not break the bound; every value is checked as the receiver
+will compute it, and rows that break it are left to the caller.
 """
 
 from typing import Any, NamedTuple
@@ -173,7 +173,7 @@ def _value(code: Any, step: Any, base: float) -> Any:
 
 
 @kernel
-def _quantise(values: Any, step: Any, base: float, low: Any, limit: Any, codes: Any) -> int:
+def _quantise(values: Any, step: Any, base: float, low: Any, limit: Any, codes: Any) -> Any:
     num_broken = np.int32(0)
     if base == 0.0:
         inverse = _ONE / step

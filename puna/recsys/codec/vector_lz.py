@@ -90,7 +90,8 @@ def _decode(flags: Any, data: Any, flag_bytes: Any, data_bytes: Any, codes: Any)
     for block in range(flag_bytes.shape[0]):
         start, end = block * BLOCK, min((block + 1) * BLOCK, codes.shape[0])
         flag_end, data_end = flag_at + flag_bytes[block], at + data_bytes[block]
-        token, p = 8 * flag_at, start
+        p: Any = start
+        token = 8 * flag_at
         while p < end:
             if token >= 8 * flag_end:
                 return False
