@@ -5,17 +5,16 @@
 
 Without --slices: 26 tables x 2,048 lookups for D = 16, 32 and 64 (codec_slices.py), kept in --cache. DIR holds
 NAME.rows.npy (n, D) float32 and NAME.ids.npy (n,), a pair a table; tables of one D form a cell. Peers: codec_peers.py
-(pip install lz4 blosc2 zfpy pysz backports-zstd). All are alternated, each table in a call of its own, medians of --rounds.
-Two accounts: the receiver knows the ids (no index is counted), and it does not (the index is sent; Puna is then not
-given the ids). A cell is a D, a bound and an account; sizes of a cell are those of all its tables.
+(pip install lz4 blosc2 zfpy pysz backports-zstd). All are alternated, each table in a call of its own; times are the
+process's processor seconds (so that other work on the machine counts less), medians of --rounds. Two accounts: the
+receiver knows the ids (no index is counted), and it does not (the index is sent; Puna is then not given the ids). A
+cell is a D, a bound and an account; sizes of a cell are those of all its tables.
 
-entropy_gap_pct                  largest over cells: bytes over the order-0 entropy of the codes of distinct rows (and of
-                                 the index where it is sent), each table's by itself, less 1
-geomean_ratio_over_best_peer     over cells; min_ratio_over_best_peer: the smallest; ..._tables: the same over single tables
-modelled_time_over_best_peer     largest over cells, at 1, 10, 100 Gbit/s: 1/CR + B (1/Tc + 1/Td), Puna by its own choice
-                                 among rans, fixed and raw
-harmonic_ratio                   of the largest D with the published Kaggle bounds, index sent; _ids: ids known
-published_scheme_harmonic_ratio  the same with codec "published"
+entropy_gap_pct: largest over cells, of bytes over the order-0 entropy of the codes of distinct rows (and of the index
+where it is sent), each table's by itself. geomean_ratio_over_best_peer: over cells; min_...: the smallest;
+..._tables: the same over single tables. modelled_time_over_best_peer: largest over cells, at 1, 10, 100 Gbit/s, of
+1/CR + B (1/Tc + 1/Td), Puna by its own choice among rans, fixed and raw. harmonic_ratio: of the largest D with the
+published Kaggle bounds, index sent; _ids: ids known. published_scheme_harmonic_ratio: so with codec "published".
 """
 
 import argparse
@@ -27,7 +26,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,9 @@ OURS = ("rans", "fixed", "raw")
 class Side:
     """One codec over all tables of a cell."""
 
-    def __init__(self, tables: list[Table], encode: Callable[[Table], Any], decode: Callable[[Table, Any], Any]) -> None:
+    def __init__(
+        self, tables: list[Table], encode: Callable[[Table], Any], decode: Callable[[Table, Any], Any]
+    ) -> None:
         self.tables, self._encode, self._decode = tables, encode, decode
         self.num_bytes = sum(table.rows.nbytes for table in tables)
         self.encoded: list[Any] = []
@@ -178,12 +179,14 @@ def summary(cells: dict[str, Any], peers: list[str]) -> dict[str, Any]:
     found["geomean_ratio_over_best_peer_tables"] = geomean(tables) if tables else None
     found["min_ratio_over_best_peer_tables"] = min(tables, default=None)
     found["modelled_time_over_best_peer"] = {
-        link: max(min(c["times"][link][n] for n in OURS) / min(c["times"][link][n] for n in peers) for c in cells.values())
-        if peers
-        else None
+        link: max(_best(c, link, OURS) / _best(c, link, peers) for c in cells.values()) if peers else None
         for link in LINKS
     }
     return found
+
+
+def _best(found: dict[str, Any], link: int, names: Sequence[str]) -> float:
+    return min(found["times"][link][name] for name in names)
 
 
 def main() -> None:

@@ -101,11 +101,10 @@ def _distinct(codec: tuple[Callable, Callable], index_sent: bool) -> Peer:
         return [*parts, codec[0](inverse.astype(np.uint16).tobytes())] if index_sent else parts
 
     def decode(parts: list[Any], ids: np.ndarray | None, shape: tuple[int, int]) -> np.ndarray:
-        if index_sent:
-            inverse = np.frombuffer(codec[1](parts[2]), np.uint16)
-        else:
-            inverse = np.unique(ids, return_inverse=True)[1]
-        return inner.decode(parts, None, (-1, shape[1]))[inverse]
+        rows = inner.decode(parts, None, (-1, shape[1]))
+        return rows[
+            np.frombuffer(codec[1](parts[2]), np.uint16) if index_sent else np.unique(ids, return_inverse=True)[1]
+        ]
 
     return Peer(encode, decode)
 

@@ -5,6 +5,7 @@ Cardinalities are those of Criteo Kaggle, capped at 200,000 rows; ids are Zipf(1
 the ids and the dense features decide. A function of the seed and D, up to the rounding of torch's matrix products.
 """
 
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ class _Clicks:
 
 def _layers(widths: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         linear = nn.Linear(fan_in, fan_out)
         nn.init.normal_(linear.weight, 0, (2 / (fan_in + fan_out)) ** 0.5)
         nn.init.normal_(linear.bias, 0, (1 / fan_out) ** 0.5)

@@ -1,7 +1,7 @@
 """Error-bounded compression of embedding rows: `encode`, `decode`, and `Codec` for many of them.
 
-    stream = encode(rows, bound=0.01)
-    again = decode(stream)           # |rows - again| <= 0.01 (max - min), everywhere
+stream = encode(rows, bound=0.01)
+again = decode(stream)           # |rows - again| <= 0.01 (max - min), everywhere
 """
 
 import threading

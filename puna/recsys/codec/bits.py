@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from puna.recsys.codec.compiled import kernel
 
 DAMAGED = -1
@@ -9,21 +11,26 @@ DAMAGED = -1
 
 @kernel
 def put(buffer: Any, at: int, width: int, value: int) -> int:
-    """Write `width` bits of value at bit `at` of buffer (bytes, zero from there on); returns the bit after them."""
-    for bit in range(width):
-        buffer[(at + bit) >> 3] |= ((value >> bit) & 1) << ((at + bit) & 7)
+    """Write value, of `width` bits, at most eight, at bit `at` of buffer; returns the bit after them.
+
+    buffer: bytes that are zero from there on, with one to spare.
+    """
+    shifted = value << (at & 7)
+    buffer[at >> 3] |= shifted & 0xFF
+    buffer[(at >> 3) + 1] |= shifted >> 8
     return at + width
 
 
 @kernel
-def get(buffer: Any, at: int, width: int) -> int:
-    """The value of `width` bits at bit `at`; DAMAGED where the buffer ends before them."""
+def get(buffer: Any, at: int, width: int) -> Any:
+    """The value of `width` bits, at most eight, at bit `at`; DAMAGED where the buffer ends before them."""
     if at < 0 or at + width > 8 * buffer.shape[0]:
         return DAMAGED
-    value = 0
-    for bit in range(width):
-        value |= ((buffer[(at + bit) >> 3] >> ((at + bit) & 7)) & 1) << bit
-    return value
+    byte = at >> 3
+    word = np.int64(buffer[byte]) if width else 0
+    if byte + 1 < buffer.shape[0]:
+        word |= np.int64(buffer[byte + 1]) << 8
+    return (word >> (at & 7)) & ((1 << width) - 1)
 
 
 @kernel

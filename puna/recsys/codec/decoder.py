@@ -10,7 +10,7 @@ from puna.recsys.codec import distinct, grouped, huffman, index, planes, quantis
 from puna.recsys.codec.encoder import Rows, check_ids
 from puna.recsys.codec.quantise import Grid
 from puna.recsys.codec.scratch import Scratch
-from puna.recsys.codec.stream import ALL_ROWS, IN_ORDER, KNOWN_IDS, SENT_INDEX, Head, Reader, damaged
+from puna.recsys.codec.stream import KNOWN_IDS, SENT_INDEX, Head, Reader, damaged
 
 
 class Decoder:
@@ -36,6 +36,7 @@ class Decoder:
             inverse = order
         elif order is not None:
             inverse = np.take(order, inverse, out=self._scratch.take("order", head.num_rows, np.int64), mode="clip")
+        assert inverse is not None  # rows that are in order are decoded where they belong
         np.take(rows, inverse, axis=0, out=out, mode="clip")
         return out
 
@@ -90,21 +91,16 @@ class Decoder:
         rows[head.num_coded :] = values.reshape(-1, head.width)
         return is_exception
 
-    def _coded(
-        self, head: Head, grid: Grid, data: npt.NDArray[np.uint8], rows: Rows
-    ) -> npt.NDArray[np.int64] | None:
+    def _coded(self, head: Head, grid: Grid, data: npt.NDArray[np.uint8], rows: Rows) -> npt.NDArray[np.int64] | None:
         """Fill rows that were coded; where each is among them, None: in order."""
         places, values = None, rows.reshape(-1)
-        if head.method == stream.FIXED and grid.num_codes <= 256:
-            codes = self._scratch.take("codes", rows.size, np.uint8)
-            planes.unpack(data, grid.num_codes, codes)
-        elif head.method == stream.FIXED:
-            codes = self._scratch.take("wide codes", rows.size, np.uint16)
+        name = "codes" if grid.num_codes <= 256 else "wide codes"
+        codes = self._scratch.take(name, rows.size, grid.code_type)
+        if head.method == stream.FIXED:
             planes.unpack(data, grid.num_codes, codes)
         elif rows.size == 0:
             raise damaged("no codes")
         else:
-            codes = self._scratch.take("codes", rows.size, np.uint8)
             places = self._entropy_coded(head, grid, data, codes.reshape(rows.shape))
         quantise.restore(codes, grid, values)
         return places

@@ -13,7 +13,7 @@ _MIX = np.int64(0x9E3779B97F4A7C15 - (1 << 64))
 
 
 class Distinct(NamedTuple):
-    """`first` (k,): the lookup at which each distinct row is first met; `inverse` (n,): the number of a lookup's row."""
+    """`first` (k,): lookup at which each distinct row is first met; `inverse` (n,): number of a lookup's row."""
 
     first: npt.NDArray[np.int64]
     inverse: npt.NDArray[np.int64]
@@ -71,22 +71,25 @@ def _hash_rows(rows: Any, factors: Any, hashes: Any) -> None:
         total = np.uint64(0)
         for j in range(rows.shape[1]):
             total += np.uint64(rows[i, j]) * np.uint64(factors[j])
-        hashes[i] = np.int64(total) * _MIX
+        hashes[i] = np.int64(total)
 
 
 @kernel
 def number_rows(rows: Any, factors: Any, hashes: Any, table: Any, first: Any, inverse: Any) -> int:
-    """Fill first and inverse; returns how many rows there are. Hashes that agree are not believed."""
+    """Fill first and inverse; returns how many rows there are. That rows of one hash are equal is checked."""
     _hash_rows(rows, factors, hashes)
+    count = number_ids(hashes, table, first, inverse)
+    return count if first_unequal(rows, first, inverse) < 0 else _number_exactly(rows, hashes, table, first, inverse)
+
+
+@kernel
+def _number_exactly(rows: Any, hashes: Any, table: Any, first: Any, inverse: Any) -> int:
     mask = table.shape[0] - 1
     table[:] = -1
     count = 0
     for i in range(rows.shape[0]):
-        place = (hashes[i] >> 32) & mask
-        while table[place] >= 0:
-            k = first[table[place]]
-            if hashes[k] == hashes[i] and _equal(rows, i, k):
-                break
+        place = ((hashes[i] * _MIX) >> 32) & mask
+        while table[place] >= 0 and not _equal(rows, i, first[table[place]]):
             place = (place + 1) & mask
         if table[place] < 0:
             table[place] = count

@@ -31,7 +31,7 @@ class Encoder:
 
     def encode(self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str) -> bytes:
         """The stream of rows (n, D)."""
-        head = Head(stream.RAW, ALL_ROWS, *rows.shape, len(rows))
+        head = Head(stream.RAW, ALL_ROWS, rows.shape[0], rows.shape[1], len(rows))
         if len(rows) == 0:
             return stream.write(head, 0)
         found = self._open(rows, ids, bound, codec, head)
@@ -48,9 +48,7 @@ class Encoder:
         body = b"".join((self._index(head, found, codec), exceptions, payload))
         return b"".join((stream.write(head, len(body)), body, bytes(head.padding)))
 
-    def _open(
-        self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str, head: Head
-    ) -> Opened:
+    def _open(self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str, head: Head) -> Opened:
         if codec in _WHOLE:
             return opened.all_rows(rows, bound, self._scratch)
         bound = opened.EXACT if codec == "raw" else bound
@@ -87,8 +85,10 @@ class Encoder:
     def _index(self, head: Head, found: Opened, codec: str) -> bytes:
         if head.index != SENT_INDEX:
             return b""
-        coder = index.pack if codec in ("fixed", "raw") else index.encode
-        data = coder(found.inverse, head.num_distinct, self._scratch)
+        if codec in ("fixed", "raw"):
+            data = index.pack(found.inverse, head.num_distinct)
+        else:
+            data = index.encode(found.inverse, head.num_distinct, self._scratch)
         return stream.varint(len(data)) + data
 
 

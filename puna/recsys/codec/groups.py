@@ -21,7 +21,7 @@ _CODE_MODEL_BITS, _MODEL_BITS = 2.5, 24.0
 
 @kernel
 def group_rows(codes: Any, num_codes: int, centre: int, labels: Any, counts: Any, sizes: Any) -> int:
-    """Groups of rows: their number; labels (k,) of the rows, sizes (NUM_BINS,) in rows, counts (NUM_BINS, 256) of codes.
+    """The number of groups. Fills labels (k,) of rows, sizes (NUM_BINS,) in rows, counts (NUM_BINS, 256) of codes.
 
     codes: (k, D) uint8. Each group has at least one row.
     """
@@ -52,7 +52,7 @@ def group_rows(codes: Any, num_codes: int, centre: int, labels: Any, counts: Any
 def _bin_rows(codes: Any, centre: int, labels: Any, counts: Any, sizes: Any) -> None:
     width, middle = codes.shape[1], np.int32(centre)
     for r in range(codes.shape[0]):
-        distance = 0
+        distance: Any = 0
         for j in range(width):
             distance += abs(np.int32(codes[r, j]) - middle)
         b = _BIN_OF[(distance * _FINE + width - 1) // width]

@@ -1,4 +1,4 @@
-"""Canonical Huffman codes of at most 12 bits, over all rows: the published scheme's entropy coder (Feng et al., SC24)."""
+"""Canonical Huffman codes of at most 12 bits, over all rows: the published scheme's coder (Feng et al., SC24)."""
 
 import heapq
 from itertools import count
@@ -121,7 +121,9 @@ def _fill(words_of: Any, lengths: Any, table: Any) -> None:
 @kernel
 def _decode(words: Any, num_words: int, table: Any, codes: Any) -> int:
     """Words that were used; more than num_words where the data end too early."""
-    held, filled, at = 0, 0, 0
+    held: Any = 0
+    filled: Any = 0
+    at = 0
     for i in range(codes.shape[0]):
         if filled < MAX_BITS:
             if at >= words.shape[0]:

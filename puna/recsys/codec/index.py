@@ -31,9 +31,9 @@ def encode(inverse: npt.NDArray[np.int64], num_distinct: int, scratch: Scratch) 
     return room[:size].tobytes()
 
 
-def pack(inverse: npt.NDArray[np.int64], num_distinct: int, scratch: Scratch) -> bytes:
+def pack(inverse: npt.NDArray[np.int64], num_distinct: int) -> bytes:
     """The index (n,) by `planes`: larger, and faster."""
-    return bytes([_PACKED]) + planes.pack(inverse.astype(_packed_type(num_distinct)), planes.width_of(num_distinct))
+    return bytes((_PACKED,)) + planes.pack(inverse, planes.width_of(num_distinct))
 
 
 def decode(data: npt.NDArray[np.uint8], num_distinct: int, inverse: npt.NDArray[np.int64], scratch: Scratch) -> bool:
@@ -41,21 +41,11 @@ def decode(data: npt.NDArray[np.uint8], num_distinct: int, inverse: npt.NDArray[
     if len(data) == 0 or data[0] >= _UNIT:
         return False
     if data[0] == _PACKED:
-        return _unpack(data[1:], num_distinct, inverse)
+        planes.unpack(data[1:], num_distinct, inverse)
+        return True
     tree = scratch.take("tree", _tree_size(num_distinct), np.int64)
     seen = scratch.take("seen", num_distinct, np.int64)
     return _decode(data, num_distinct, int(data[0]), tree, seen, inverse) == num_distinct
-
-
-def _packed_type(num_distinct: int) -> type:
-    return np.uint8 if num_distinct <= 1 << 8 else np.uint16 if num_distinct <= 1 << 16 else np.uint32
-
-
-def _unpack(data: npt.NDArray[np.uint8], num_distinct: int, inverse: npt.NDArray[np.int64]) -> bool:
-    numbers = np.empty(len(inverse), _packed_type(num_distinct))
-    planes.unpack(data, num_distinct, numbers)
-    inverse[:] = numbers
-    return True
 
 
 def _tree_size(num_distinct: int) -> int:
@@ -165,7 +155,8 @@ def _encode(inverse: Any, num_distinct: int, discount: int, tree: Any, seen: Any
 @kernel
 def _decode(data: Any, num_distinct: int, discount: int, tree: Any, seen: Any, inverse: Any) -> int:
     tree[:] = 0
-    at, code, width = 1, 0, (1 << _BITS) - 1
+    code: Any = 0
+    at, width = 1, (1 << _BITS) - 1
     for _ in range(_BITS // 8):
         code = (code << 8) | (np.int64(data[at]) if at < data.shape[0] else 0)
         at += 1

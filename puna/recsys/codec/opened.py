@@ -60,8 +60,8 @@ def _open(
             "Give ids only where an id stands for one row; leave them out for sums of several rows.",
         )
     kept, grid = (rows if count == num_rows else kept[:count]), quantise.as_grid(found)
-    if grid and grid.code_type is np.uint16:
-        codes = scratch.take("wide codes", kept.size, np.uint16)
+    if grid and grid.code_type is np.int64:
+        codes = scratch.take("wide codes", kept.size, np.int64)
         num_broken = quantise.quantise_wide(kept.reshape(-1), grid, error, codes)
     return Opened(kept, inverse, grid, error, codes[: kept.size].reshape(count, width), num_broken)
 

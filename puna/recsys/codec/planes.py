@@ -25,32 +25,18 @@ def packed_size(count: int, width: int) -> int:
 
 
 def pack(codes: npt.NDArray[Any], width: int) -> bytes:
-    """Codes (m,), unsigned and each below 2**width, as `packed_size` bytes."""
-    parts = [(codes >> codes.dtype.type(8 * byte)).astype(np.uint8) for byte in range(width // 8)]
-    if width % 8:
-        top = codes if width < 8 else codes >> codes.dtype.type(8 * (width // 8))
-        planes = np.empty(packed_size(len(codes), width % 8), np.uint8)
-        _pack(top.astype(np.uint8, copy=False), width % 8, planes)
-        parts.append(planes)
-    return b"".join(part.tobytes() for part in parts)
+    """Whole numbers (m,), each below 2**width, as `packed_size` bytes."""
+    out = np.empty(packed_size(len(codes), width), np.uint8)
+    _pack(codes, width, out)
+    return out.tobytes()
 
 
 def unpack(data: npt.NDArray[np.uint8], num_codes: int, codes: npt.NDArray[Any]) -> None:
     """Codes (m,) from their bytes; DataError where there are more or fewer, or a code is not below num_codes."""
-    count, width = len(codes), width_of(num_codes)
-    if len(data) != packed_size(count, width):
-        raise damaged(f"{len(data)} bytes for {count} codes of {width} bits")
-    if width < 8:
-        _unpack(data, width, codes)
-    else:
-        codes[:] = 0
-        for byte in range(width // 8):
-            codes |= data[byte * count :][:count].astype(codes.dtype) << codes.dtype.type(8 * byte)
-        if width % 8:
-            top = np.empty(count, np.uint8)
-            _unpack(data[width // 8 * count :], width % 8, top)
-            codes |= top.astype(codes.dtype) << codes.dtype.type(8 * (width // 8))
-    if 1 << width > num_codes and count and codes.max() >= num_codes:
+    width = width_of(num_codes)
+    if len(data) != packed_size(len(codes), width):
+        raise damaged(f"{len(data)} bytes for {len(codes)} codes of {width} bits")
+    if not _unpack(data, width, num_codes, codes):
         raise damaged(f"a code beyond the last of {num_codes}")
 
 
@@ -65,18 +51,26 @@ def _planes(width: int) -> Iterator[tuple[int, int]]:
 
 @kernel
 def _pack(codes: Any, width: int, out: Any) -> None:
-    """Planes of codes (m,) of less than eight bits, one after the other."""
     count, at, shift = codes.shape[0], 0, 0
-    if width & 4:
+    while shift + 8 <= width:
+        plane = out[at : at + count]
+        for j in range(count):
+            plane[j] = codes[j] >> shift
+        at, shift = at + count, shift + 8
+    if (width - shift) & 4:
         size = (count + 1) >> 1
-        low, high = codes[:size], codes[size:]
-        for j in range(high.shape[0]):
-            out[j] = (low[j] & 15) | ((high[j] & 15) << 4)
+        low, high, plane = codes[:size], codes[size:], out[at : at + size]
+        if shift == 0:  # known to the compiler, and the usual case
+            for j in range(high.shape[0]):
+                plane[j] = (low[j] & 15) | ((high[j] & 15) << 4)
+        else:
+            for j in range(high.shape[0]):
+                plane[j] = ((low[j] >> shift) & 15) | (((high[j] >> shift) & 15) << 4)
         if high.shape[0] < size:
-            out[size - 1] = low[size - 1] & 15
-        at, shift = size, 4
+            plane[size - 1] = (low[size - 1] >> shift) & 15
+        at, shift = at + size, shift + 4
     for bits in (2, 1):
-        if width & bits:
+        if (width & 3) & bits:
             size = (count * bits + 7) >> 3
             plane = out[at : at + size]
             plane[:] = 0
@@ -93,25 +87,41 @@ def _pack_segment(codes: Any, shift: int, bits: int, segment: int, plane: Any) -
 
 
 @kernel
-def _unpack(data: Any, width: int, codes: Any) -> None:
+def _unpack(data: Any, width: int, num_codes: int, codes: Any) -> bool:
+    """Whether all codes are below num_codes."""
     count, at, shift = codes.shape[0], 0, 0
-    if width & 4:
-        size = (count + 1) >> 1
-        low, high = codes[:size], codes[size:]
-        for j in range(size):
-            low[j] = data[j] & 15
-        for j in range(high.shape[0]):
-            high[j] = data[j] >> 4
-        at, shift = size, 4
-    else:
+    if width >= 8 or not width & 4:
         codes[:] = 0
+    while shift + 8 <= width:
+        plane = data[at : at + count]
+        for j in range(count):
+            codes[j] |= np.int64(plane[j]) << shift
+        at, shift = at + count, shift + 8
+    if (width - shift) & 4:
+        size = (count + 1) >> 1
+        low, high, plane = codes[:size], codes[size:], data[at : at + size]
+        if shift == 0:
+            for j in range(size):
+                low[j] = plane[j] & 15
+            for j in range(high.shape[0]):
+                high[j] = plane[j] >> 4
+        else:
+            for j in range(size):
+                low[j] |= (plane[j] & 15) << shift
+            for j in range(high.shape[0]):
+                high[j] |= (plane[j] >> 4) << shift
+        at, shift = at + size, shift + 4
     for bits in (2, 1):
-        if width & bits:
+        if (width & 3) & bits:
             size = (count * bits + 7) >> 3
             plane = data[at : at + size]
             for segment in range(8 // bits):
                 _unpack_segment(plane, shift, bits, segment, codes[min(segment * size, count) : (segment + 1) * size])
             at, shift = at + size, shift + bits
+    beyond = np.int32(0)
+    for j in range(count):
+        beyond = np.int32(beyond | np.int32(codes[j] >= num_codes))
+    return beyond == 0
 
 
 @kernel

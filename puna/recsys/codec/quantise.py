@@ -1,8 +1,8 @@
 """The error-bounded quantiser: x becomes a whole number q on a grid, and x' = step q (+ base) comes back.
 
-The bound is relative to the slice (Feng et al., SC24, section on error-bounded quantisation): E = bound (max - min) over
-its finite values. The grid's step is a little less than 2 E, so that rounding in float32 does not break the bound;
-every value is checked as the receiver will compute it, and rows that break it are left to the caller.
+The bound is relative to the slice (Feng et al., SC24): E = bound (max - min) over its finite values. The grid's step is
+a little less than 2 E, so that rounding in float32 does not break the bound; every value is checked as the receiver
+will compute it, and rows that break it are left to the caller.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ _SLACK = 1 - 2.0**-21
 
 
 class Grid(NamedTuple):
-    """x' = step (code + low) in float32, or base + step (code + low) in float64 and then rounded, where base is not 0."""
+    """x' = step (code + low) in float32; where base is not 0: base + step (code + low) in float64, and then rounded."""
 
     step: float
     base: float
@@ -33,7 +33,7 @@ class Grid(NamedTuple):
     @property
     def code_type(self) -> type:
         """What holds a code."""
-        return np.uint8 if self.num_codes <= 256 else np.uint16
+        return np.uint8 if self.num_codes <= 256 else np.int64
 
     @property
     def centre(self) -> int:
@@ -57,9 +57,7 @@ def as_grid(found: tuple[float, float, int, int]) -> Grid | None:
     return None if found[0] == NO_GRID else Grid(*found)
 
 
-def quantise_wide(
-    values: npt.NDArray[np.float32], grid: Grid, error: float, codes: npt.NDArray[np.uint16]
-) -> int:
+def quantise_wide(values: npt.NDArray[np.float32], grid: Grid, error: float, codes: npt.NDArray[np.int64]) -> int:
     """Codes of values (m,) of a grid that has more than `quantised` fills; returns how many break the bound."""
     limit = np.float32(_limit(error))
     return _quantise(values, np.float32(grid.step), grid.base, np.float32(grid.low), limit, codes)
@@ -175,7 +173,7 @@ def _value(code: Any, step: Any, base: float) -> Any:
 
 
 @kernel
-def _quantise(values: Any, step: Any, base: float, low: Any, limit: Any, codes: Any) -> int:
+def _quantise(values: Any, step: Any, base: float, low: Any, limit: Any, codes: Any) -> Any:
     num_broken = np.int32(0)
     if base == 0.0:
         inverse = _ONE / step

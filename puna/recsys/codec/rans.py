@@ -72,7 +72,7 @@ def _push(x: int, table: Any, code: int, words: Any, at: int) -> Any:
 
 
 @kernel
-def encode(codes: Any, table: Any, states: Any, words: Any, end: int) -> int:
+def encode(codes: Any, table: Any, states: Any, words: Any, end: int) -> Any:
     """Code a block (m,) before the words from `end` on; returns where they now begin. It takes m + 1 words at most."""
     lanes, at = states.shape[0], np.uint64(end)
     whole = codes.shape[0] // LANES * LANES if lanes == LANES else 0
@@ -99,7 +99,7 @@ def _pull(x: int, entry: int, words: Any, at: int) -> Any:
 
 
 @kernel
-def decode(codes: Any, table: Any, states: Any, words: Any, start: int) -> int:
+def decode(codes: Any, table: Any, states: Any, words: Any, start: int) -> Any:
     """Decode a block (m,) from the words at `start` on; returns where they end, or DAMAGED.
 
     Past its end `words` has LANES more of any value, which no sound stream uses.

@@ -1,4 +1,4 @@
-"""The head of a stream: everything a decoder must know before it makes room for anything. The layout is in docs/codec.md.
+"""The head of a stream: all that a decoder must know before it makes room for anything. Layout: docs/codec.md.
 
 What a stream may ask for is bounded by its own length: FREE_VALUES numbers, and VALUES_PER_BYTE more for each byte. The
 encoder pads the few streams that say more in less.
@@ -135,13 +135,17 @@ class Reader:
 
     def varint(self) -> int:
         """A number of `varint`'s, below 2**35."""
-        number = 0
-        for shift, byte in zip(range(0, 35, 7), self.stream[self.at : self.at + 5], strict=False):
+        number, at = 0, self.at
+        for shift in range(0, 35, 7):
+            if at == len(self.stream):
+                raise damaged("it ends within a number")
+            byte = self.stream[at]
             number |= (byte & 127) << shift
-            self.at += 1
+            at += 1
             if byte < 128:
+                self.at = at
                 return number
-        raise damaged("it ends within a number, or has one of more than 35 bits")
+        raise damaged("a number of more than 35 bits")
 
     def float32(self) -> float:
         """Four bytes, little-endian."""

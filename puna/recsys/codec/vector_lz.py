@@ -1,4 +1,4 @@
-"""LZ whose symbol is a whole row of codes: the published scheme's other coder (hipdac-lab/ICS23-GPULZ, vector_matching).
+"""LZ whose symbol is a whole row of codes: the published scheme's other coder (ICS23-GPULZ, vector_matching).
 
 Blocks of 2,048 rows stand by themselves. At each row the longest run of rows that also began within the `window` rows
 before it is taken (a run may reach into itself), else the row is copied. Four arrays, one after the other: bytes of
@@ -90,7 +90,8 @@ def _decode(flags: Any, data: Any, flag_bytes: Any, data_bytes: Any, codes: Any)
     for block in range(flag_bytes.shape[0]):
         start, end = block * BLOCK, min((block + 1) * BLOCK, codes.shape[0])
         flag_end, data_end = flag_at + flag_bytes[block], at + data_bytes[block]
-        token, p = 8 * flag_at, start
+        p: Any = start
+        token = 8 * flag_at
         while p < end:
             if token >= 8 * flag_end:
                 return False

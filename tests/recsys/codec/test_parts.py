@@ -43,7 +43,7 @@ def test_rows_of_equal_hash_are_told_apart():
 @pytest.mark.parametrize("num_codes", [2, 3, 7, 16, 51, 101, 256, 257, 4096, 5000, 65536])
 @pytest.mark.parametrize("count", [1, 7, 8, 1000])
 def test_fixed_width(num_codes, count):
-    kind = np.uint8 if num_codes <= 256 else np.uint16
+    kind = np.uint8 if num_codes <= 256 else np.int64
     codes = np.random.default_rng(count).integers(0, num_codes, count).astype(kind)
     codes[-1] = num_codes - 1
     width = planes.width_of(num_codes)
