@@ -45,8 +45,8 @@ ADULT = (
 def arms(args: argparse.Namespace, classes: tuple[Any, ...]) -> dict[str, ExchangeConfig]:
     """Exchanges by name."""
     common: dict[str, Any] = {"local": True, "decay_steps": 0, "forward": "bounded", "record_every": 1_000_000}
-    both = {"backward": "bounded", "backward_bound": args.backward}
-    wide = {"tight": 0.15, "base": 0.15, "loose": 0.15}
+    both: dict[str, Any] = {"backward": "bounded", "backward_bound": args.backward}
+    wide: dict[str, Any] = {"tight": 0.15, "base": 0.15, "loose": 0.15}
     return {
         "raw": ExchangeConfig(),
         "forward": ExchangeConfig(**common, classes=classes),

@@ -48,7 +48,11 @@ from puna.train.config import ScheduleConfig
 from puna.train.task import Cursor
 
 BATCH, MAX_ROWS, SHARE, PORT = 2048, 200_000, 0.31, 29_555
-STABLE = {"classes": load("dlrm-terabyte").recipe.exchange.classes, "decay_steps": 0, "record_every": 1_000_000}
+STABLE: dict[str, Any] = {
+    "classes": load("dlrm-terabyte").recipe.exchange.classes,
+    "decay_steps": 0,
+    "record_every": 1_000_000,
+}
 ARMS: dict[str, dict[str, Any]] = {
     "raw": {"distinct": False},
     "fp16": {"forward": "fp16", "backward": "fp16", "distinct": False},

@@ -242,7 +242,7 @@ def outcome(run: Path) -> dict[str, Any]:
         raise CheckpointError(f"{run} has no record of a step", "Train with `puna train RECIPE --run.dir DIR`.")
     last = steps[max(steps)]
     heldout = [event["loss"] for event in events if event["event"] == "eval" and "loss" in event]
-    last_eval = next((event for event in reversed(events) if event["event"] == "eval"), {})
+    last_eval: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "eval"), {})
     resumes = [event["step"] for event in events if event["event"] == "resume"]
     return {
         "run": str(run),

@@ -148,7 +148,7 @@ class _Stage:
         for column, place in enumerate(self.tables):
             ids[:, column] = self._ids(block, column, place)
         for name, values in (columns | {"ids": ids}).items():
-            self._files[name].write(np.ascontiguousarray(values, COLUMNS[name]))
+            self._files[name].write(np.ascontiguousarray(values, COLUMNS[name]).data)
         self.done["rows"] += len(block)
         self.done["samples"] += len(block)
 

@@ -65,7 +65,7 @@ def _events(run: Path) -> list[dict[str, Any]]:
 
 
 def _figures(events: list[dict[str, Any]]) -> dict[str, float]:
-    last = next((event for event in reversed(events) if event["event"] == "eval"), {})
+    last: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "eval"), {})
     return {name: last[name] for name in ("auc", "loss", "ne", "calibration") if name in last}
 
 

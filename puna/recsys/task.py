@@ -93,8 +93,8 @@ class DlrmTask(GradientTask):
         self.rows = tuple(min(count, config.max_rows or count) for count in clicks.rows)
         self._require(clicks)
         self.per_epoch = clicks.count("train") // config.batch
-        self.total = min(config.samples or math.inf, config.epochs * self.per_epoch * config.batch)
-        self.total = int(self.total) // config.batch * config.batch
+        whole = config.epochs * self.per_epoch * config.batch
+        self.total = min(config.samples or whole, whole) // config.batch * config.batch
         keep_memory()
         self.team = Team()
         torch.manual_seed(_key(seed, 0))
