@@ -95,9 +95,9 @@ def check(loaded: Loaded) -> dict[str, Any]:
     """Everything that `puna check` says, by key; docs/check.md documents them. Raises what `inspect` does, and
     RecipeError and DeviceError where the mesh, the batches or the device are not possible."""
     recipe = loaded.recipe
-    if recipe.task == "graph":
+    if recipe.task != "pretrain":
         raise RecipeError(
-            f"{recipe.run.dir} is to be a run of task graph, and puna check knows token shards",
+            f"{recipe.run.dir} is to be a run of task {recipe.task}, and puna check knows token shards",
             "`puna train` refuses what cannot be before it starts.",
         )
     mesh = refuse_other_mesh(recipe)

@@ -11,11 +11,14 @@ from typing import Any
 import click
 
 from puna import __version__
+from puna.clicks_verbs import VERBS as CLICKS_VERBS
+from puna.clicks_verbs import plan_exchange
 from puna.errors import PunaError
 from puna.graph_verbs import graph
 from puna.health_verbs import health
 from puna.plan_verbs import plan
 from puna.recipe_verbs import recipe
+from puna.recsys_verbs import recsys
 from puna.verbs import RECIPE_ARGUMENTS, as_json, print_figures, recipe_name, settings
 
 EXTRAS = {
@@ -26,6 +29,7 @@ EXTRAS = {
     "ray": ("ray",),
     "plot": ("matplotlib",),
     "graph": ("numba",),
+    "recsys": ("numba",),
 }
 
 
@@ -616,6 +620,10 @@ puna.add_command(health)
 puna.add_command(graph)
 puna.add_command(plan)
 puna.add_command(recipe)
+plan.add_command(plan_exchange)
+for verb in CLICKS_VERBS:
+    recsys.add_command(verb)
+puna.add_command(recsys)
 
 
 if __name__ == "__main__":

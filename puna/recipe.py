@@ -26,6 +26,7 @@ from puna.console import err
 from puna.errors import RecipeError
 from puna.graph.config import GraphConfig
 from puna.llama.config import DataConfig, LlamaConfig
+from puna.recsys.config import DlrmConfig, ExchangeConfig
 from puna.train.config import LoopConfig, MeshConfig, ScheduleConfig, TrainConfig, setting
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -108,14 +109,47 @@ GRAPH_STARTER = (
 )
 """The same for a recipe that trains a graph."""
 
+DLRM_STARTER = (
+    "run.dir",
+    "run.seed",
+    "run.num_processes",
+    "run.num_threads",
+    "data.path",
+    "dlrm.dim",
+    "dlrm.bottom",
+    "dlrm.top",
+    "dlrm.interaction",
+    "dlrm.max_rows",
+    "dlrm.epochs",
+    "dlrm.batch",
+    "dlrm.optimizer",
+    "dlrm.lr",
+    "dlrm.table_optimizer",
+    "dlrm.dtype",
+    "dlrm.placement",
+    "exchange.forward",
+    "exchange.backward",
+    "schedule.warmup_tokens",
+    "schedule.decay",
+    "schedule.final_ratio",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.every",
+    "eval.tokens",
+)
+"""The same for a recipe that trains a recommendation model."""
+
+STARTERS = {"pretrain": STARTER, "graph": GRAPH_STARTER, "dlrm": DLRM_STARTER}
+
 
 class Recipe(LoopConfig):
     """Everything one run depends on."""
 
-    task: Literal["pretrain", "graph"] = setting(
+    task: Literal["pretrain", "graph", "dlrm"] = setting(
         "pretrain",
         "what is trained; pretrain: next-token prediction on token shards, by the sections model and train; graph: "
-        "embeddings of a graph's nodes, by the section graph",
+        "embeddings of a graph's nodes, by the section graph; dlrm: click-through rates, by the sections dlrm and "
+        "exchange",
     )
     model: LlamaConfig = LlamaConfig()
     data: DataConfig = DataConfig()
@@ -123,6 +157,8 @@ class Recipe(LoopConfig):
     schedule: ScheduleConfig = ScheduleConfig()
     mesh: MeshConfig = MeshConfig()
     graph: GraphConfig = GraphConfig()
+    dlrm: DlrmConfig = DlrmConfig()
+    exchange: ExchangeConfig = ExchangeConfig()
 
     @model_validator(mode="after")
     def _heads_fill_the_stream(self) -> "Recipe":
@@ -647,7 +683,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 def starter(name: str, run: str) -> str:
     """A recipe to edit, as TOML: the shipped recipe `name` with the run directory `run`.
 
-    It holds what users change (`STARTER`, `GRAPH_STARTER`) with the recipe's own values, each below its meaning, unit
+    It holds what users change (`STARTERS`) with the recipe's own values, each below its meaning, unit
     and limits; the rest comes by `extends`. Raises RecipeError where no such recipe ships.
     """
     if name not in names():
@@ -657,7 +693,7 @@ def starter(name: str, run: str) -> str:
     lines = [f"# Begun from the recipe {name}. What is not here is as there; `puna recipe show FILE` prints all of it."]
     lines += [f'extends = "{name}"']
     section = ""
-    for key in GRAPH_STARTER if recipe.task == "graph" else STARTER:
+    for key in STARTERS[recipe.task]:
         group, _, short = key.rpartition(".")
         if group != section:
             section = group
@@ -685,7 +721,7 @@ def write_starter(name: str, out: Path) -> None:
 def catalogue() -> dict[str, int | None]:
     """The recipes that ship and the exact parameter counts of their models; None where the data decides."""
     recipes = {name: load(name).recipe for name in names()}
-    return {name: None if found.task == "graph" else found.model.num_parameters for name, found in recipes.items()}
+    return {name: found.model.num_parameters if found.task == "pretrain" else None for name, found in recipes.items()}
 
 
 def dump_toml(recipe: Recipe) -> str:

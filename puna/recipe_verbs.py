@@ -25,10 +25,12 @@ def recipe_list(as_json: bool) -> None:
     \b
     Example:  puna recipe list
     """
-    from puna.recipe import catalogue
+    from puna.recipe import catalogue, load
 
     counts = catalogue()
-    told = {name: f"{count:>15,} parameters" if count else f"{'graph':>15}" for name, count in counts.items()}
+    told = {
+        name: f"{count:>15,} parameters" if count else f"{load(name).recipe.task:>15}" for name, count in counts.items()
+    }
     print_figures(counts if as_json else told, as_json)
 
 

@@ -55,7 +55,8 @@ def train(loaded: Loaded) -> dict[str, Any]:
 
     Under torchrun every rank calls it, and only rank 0 has something to return; the others get an empty dict.
     Returns run, steps, tokens, loss, heldout_loss (nats a token), tokens_per_s (median), resumed_from (step or None),
-    and of a graph heldout_mrr; its tokens are edges, its steps buckets.
+    of a graph also heldout_mrr (its tokens are edges, its steps buckets), and of a recommendation model heldout_auc,
+    heldout_ne and heldout_calibration (its tokens are samples).
     Raises UserErrors before anything starts, RunLocked, NonFinite, Unfinished, RankFailed, Hung, RanksDiffer,
     OutOfMemory.
     """
@@ -65,6 +66,9 @@ def train(loaded: Loaded) -> dict[str, Any]:
         train_graph(loaded, run)
         return outcome(run)
     rank = int(os.environ.get("RANK", "0"))
+    if loaded.recipe.task == "dlrm":
+        train_dlrm(loaded, run, rank)
+        return outcome(run) if rank == 0 else {}
     if rank == 0:
         refuse_other_mesh(loaded.recipe)
         prepare(loaded, run)
@@ -121,6 +125,47 @@ def train_graph(loaded: Loaded, run: Path) -> None:
         )
         facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
         Run(task, run, recipe, facts=facts).go()
+
+
+def train_dlrm(loaded: Loaded, run: Path, rank: int) -> None:
+    """Train a recommendation model, on as many local processes as the recipe asks for. Raises DataError (no clicks)."""
+    from puna.recsys.clicks import Clicks
+
+    config = loaded.recipe.run
+    if rank == 0:
+        Clicks.open(loaded.recipe.data.path)
+        with hold_lock(run):
+            refuse_other_run(loaded, run)
+            write_recipe(loaded, run)
+    if "RANK" in os.environ:
+        dlrm_rank(str(run))
+    else:
+        launch("puna.run:dlrm_rank", [str(run)], config.num_processes, run, config.num_threads, config.max_restarts)
+
+
+def dlrm_rank(directory: str) -> None:
+    """One rank's part of a run of a recommendation model."""
+    from puna.recsys.clicks import Clicks
+    from puna.recsys.task import DlrmTask
+
+    run = Path(directory)
+    recipe = recipes.load(directory).recipe
+    clicks = Clicks.open(recipe.data.path)
+    agree = partial(require_same, run, recipes.flat(recipe) | code_version() | clicks.version(), "at the start")
+    with open_mesh(recipe.run, recipe.mesh, agree) as place, watch(run, recipe.run):
+        if place.device.type != "cpu":
+            raise DeviceError("recommendation models train on CPUs", "Set run.device to cpu.")
+        task = DlrmTask(
+            recipe.dlrm,
+            recipe.exchange,
+            recipe.schedule,
+            clicks,
+            run,
+            seed=recipe.run.seed,
+            eval_samples=recipe.eval.tokens,
+        )
+        reason = f"dlrm.dtype is {recipe.dlrm.dtype}"
+        Run(task, run, recipe, facts={"mesh": str(place), "dtype": recipe.dlrm.dtype, "dtype_reason": reason}).go()
 
 
 def write_recipe(loaded: Loaded, run: Path) -> None:
@@ -197,7 +242,7 @@ def outcome(run: Path) -> dict[str, Any]:
         raise CheckpointError(f"{run} has no record of a step", "Train with `puna train RECIPE --run.dir DIR`.")
     last = steps[max(steps)]
     heldout = [event["loss"] for event in events if event["event"] == "eval" and "loss" in event]
-    ranked = [event["mrr"] for event in events if event["event"] == "eval" and "mrr" in event]
+    last_eval: dict[str, Any] = next((event for event in reversed(events) if event["event"] == "eval"), {})
     resumes = [event["step"] for event in events if event["event"] == "resume"]
     return {
         "run": str(run),
@@ -205,7 +250,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "tokens": last["tokens"],
         "loss": last["loss"],
         "heldout_loss": heldout[-1] if heldout else None,
-        **({"heldout_mrr": ranked[-1]} if ranked else {}),
+        **{f"heldout_{name}": last_eval[name] for name in ("mrr", "auc", "ne", "calibration") if name in last_eval},
         "tokens_per_s": statistics.median(step["tokens_per_s"] for step in steps.values()),
         "resumed_from": resumes[-1] if resumes else None,
     }

@@ -93,7 +93,7 @@ def test_version(puna):
 def test_verbs():
     assert {path[0] for path in ALL[1:]} == {
         "check", "corpus", "demo", "doctor", "eval", "export", "generate", "graph", "health", "lab", "launch", "parity",
-        "plan", "recipe", "report", "resume", "serve", "train", "verify"
+        "plan", "recipe", "recsys", "report", "resume", "serve", "train", "verify"
     }  # fmt: skip
 
 

@@ -29,6 +29,7 @@ GRAPHS = {"fb15k-complex", "fb15k-complex-best", "fb15k-transe", "fb15k-237", "w
     "social",
     "blogcatalog",
 }
+DLRMS = {f"dlrm-{name}" for name in ("kaggle", "kaggle-32", "terabyte", "mlperf", "mlperf-v2", "tiny")}
 PEAK_LR = {"llama2-7b": 3e-4, "llama2-13b": 3e-4, "llama2-70b": 1.5e-4, "llama3-8b": 3e-4, "llama3-70b": 1.5e-4} | {
     "llama3-405b": 8e-5,
     "llama3.1-405b": 8e-5,
@@ -51,7 +52,7 @@ def refusal(*overrides: str, name: str | Path = "tiny") -> str:
 
 
 def test_every_published_size_ships():
-    assert set(recipe.names()) == {*PUBLISHED, *GRAPHS, "tiny", "demo"}
+    assert set(recipe.names()) == {*PUBLISHED, *GRAPHS, *DLRMS, "tiny", "demo"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

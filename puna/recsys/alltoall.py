@@ -1,0 +1,280 @@
+"""Rows to every rank and from every rank, with an autograd graph, over any `torch.distributed` group.
+
+    exchange = Exchange(forward=Bounded(), backward=Bounded())
+    rows = exchange(x, sent, received)            # x: float32, blocks for rank 0 first, then those for rank 1, ...
+
+`sent[p]` are the blocks for rank p and `received[q]` those from rank q; both ends know their shapes, which may be zero
+and differ. Two rounds: how many bytes each block has (left out where both ends know), then the bytes, as one tensor.
+`start` sends before something else is computed; handing its result to the call waits for what arrives. Backward goes
+the same way with the sides exchanged.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from puna.errors import RanksDiffer
+from puna.recsys.wires import Block, Raw, Wire
+
+Blocks = Sequence[Sequence[Block]]
+"""By rank, in order."""
+
+
+@dataclass
+class Traffic:
+    """Bytes that have left this rank for others; `blocks`: of each block of the last exchange, local ones as well."""
+
+    plain: int = 0  # what they would be as float32
+    metadata: int = 0
+    payload: int = 0
+    rounds: int = 0
+    blocks: list[list[int]] = field(default_factory=list)
+
+    @property
+    def sent(self) -> int:
+        """All of them."""
+        return self.metadata + self.payload
+
+
+class Pending:
+    """An exchange that is under way."""
+
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish = finish
+        self._arrived: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """What has arrived: float32, blocks from rank 0 first."""
+        if self._arrived is None:
+            self._arrived = self._finish()
+        return self._arrived
+
+
+class Exchange:
+    """Exchanges of one group. forward, backward: wires, the same on every rank; local: blocks for this rank take
+    the wire too, as a rehearsal of what others would get."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        forward: Wire | None = None,
+        backward: Wire | None = None,
+        *,
+        local: bool = False,
+    ) -> None:
+        self.group, self.local = group, local
+        self.forward, self.backward = forward or Raw(), backward or Raw()
+        self.size = dist.get_world_size(group) if dist.is_initialized() else 1
+        self.rank = dist.get_rank(group) if dist.is_initialized() else 0
+        self.sent, self.returned = Traffic(), Traffic()
+
+    def __call__(
+        self,
+        x: Tensor,
+        sent: Blocks,
+        received: Blocks,
+        *,
+        terms: Mapping[str, Any] | None = None,
+        pending: Pending | None = None,
+        sink: Callable[[Pending], None] | None = None,
+    ) -> Tensor:
+        """What arrives, (numbers received,), with a graph to x, (numbers sent,).
+
+        terms: what all ranks have to agree on (bounds, step), compared where sizes are exchanged. pending: what
+        `start` gave for the same x. sink: takes the exchange of the gradients while it is under way; x gets none then.
+        Raises RanksDiffer where terms are not the same.
+        """
+        pending = pending or self.start(x.detach(), sent, received, terms)
+        turned = [[block.turned() for block in blocks] for blocks in received]
+        back = [[block.turned() for block in blocks] for blocks in sent]
+
+        def returns(gradient: Tensor) -> Pending:
+            return self._start(gradient, turned, back, terms, self.backward, self.returned, dithered=True)
+
+        return _AllToAll.apply(x, pending, returns, sink)
+
+    def start(self, x: Tensor, sent: Blocks, received: Blocks, terms: Mapping[str, Any] | None = None) -> Pending:
+        """Encode and send; every rank calls it."""
+        return self._start(x, sent, received, terms, self.forward, self.sent, dithered=False)
+
+    def _start(
+        self,
+        x: Tensor,
+        sent: Blocks,
+        received: Blocks,
+        terms: Mapping[str, Any] | None,
+        wire: Wire,
+        traffic: Traffic,
+        *,
+        dithered: bool,
+    ) -> Pending:
+        x = x.contiguous()
+        traffic.rounds += 1
+        traffic.plain += sum(4 * b.count for rank, blocks in enumerate(sent) for b in blocks if rank != self.rank)
+        if wire.name == "raw":
+            return self._start_plain(x, sent, received, traffic)
+        flat = x.numpy()
+        starts = _starts(sent)
+        blocks = [
+            (rank, n) for rank in range(self.size) if rank != self.rank or self.local for n in range(len(sent[rank]))
+        ]
+        rows = [_rows(flat, starts[rank][n], sent[rank][n]) for rank, n in blocks]
+        encoded = wire.encode([sent[rank][n] for rank, n in blocks], rows, dithered)
+        streams: list[list[Any]] = [[] for _ in range(self.size)]
+        for (rank, _), stream in zip(blocks, encoded, strict=True):
+            streams[rank].append(stream)
+        traffic.blocks = [[len(stream) for stream in part] for part in streams]
+        sizes = self._sizes(traffic.blocks, sent, received, terms, wire, traffic)
+        kept, streams[self.rank] = streams[self.rank], []
+        out_splits = [sum(part) if rank != self.rank else 0 for rank, part in enumerate(sizes)]
+        in_splits = [sum(map(len, part)) for part in streams]
+        traffic.payload += sum(in_splits)
+        arrived = torch.empty(sum(out_splits), dtype=torch.uint8)
+        outgoing = [np.empty(0, np.uint8), *(stream for part in streams for stream in part)]
+        payload = torch.from_numpy(np.concatenate(outgoing))
+        work = self._send(arrived, payload, out_splits, in_splits)
+
+        def finish(lives: Tensor = payload) -> Tensor:
+            if work is not None:
+                work.wait()
+            return self._decode(arrived.numpy(), sizes, received, wire, kept, x, sent)
+
+        return Pending(finish)
+
+    def _start_plain(self, x: Tensor, sent: Blocks, received: Blocks, traffic: Traffic) -> Pending:
+        """float32 as it is, without a copy where there is one rank."""
+        traffic.blocks = [[4 * block.count for block in blocks] for blocks in sent]
+        if self.size == 1:
+            return Pending(lambda: x)
+        counts = [[sum(block.count for block in blocks) for blocks in side] for side in (received, sent)]
+        traffic.payload += 4 * (sum(counts[1]) - counts[1][self.rank])
+        arrived = x.new_empty(sum(counts[0]))
+        work = dist.all_to_all_single(arrived, x, counts[0], counts[1], group=self.group, async_op=True)
+
+        def finish(lives: Tensor = x) -> Tensor:
+            work.wait()
+            return arrived
+
+        return Pending(finish)
+
+    def _send(self, arrived: Tensor, payload: Tensor, out_splits: list[int], in_splits: list[int]) -> Any:
+        if self.size == 1:
+            return None
+        return dist.all_to_all_single(arrived, payload, out_splits, in_splits, group=self.group, async_op=True)
+
+    def _sizes(
+        self,
+        mine: Sequence[Sequence[int]],
+        sent: Blocks,
+        received: Blocks,
+        terms: Mapping[str, Any] | None,
+        wire: Wire,
+        traffic: Traffic,
+    ) -> list[list[int]]:
+        """Bytes of every block that arrives: known, or told in a round of their own, with a digest of the terms."""
+        known = [[wire.size(block) for block in blocks] for blocks in received]
+        if all(size is not None for sizes in known for size in sizes):
+            return [[size or 0 for size in sizes] for sizes in known]
+        if self.size == 1:
+            return [list(part) for part in mine]
+        digest = _digest(terms or {})
+        told = [[digest, *(mine[rank] if rank != self.rank else [0] * len(sent[rank]))] for rank in range(self.size)]
+        heard = torch.empty(sum(1 + len(blocks) for blocks in received), dtype=torch.int64)
+        splits = [[1 + len(blocks) for blocks in side] for side in (received, sent)]
+        outgoing = torch.tensor([n for part in told for n in part])
+        dist.all_to_all_single(heard, outgoing, splits[0], splits[1], group=self.group)
+        traffic.metadata += 8 * (sum(splits[1]) - splits[1][self.rank])
+        parts = [part.tolist() for part in heard.split(splits[0])]
+        if any(part[0] != digest for part in parts):
+            self._refuse(terms or {})
+        sizes = [part[1:] for part in parts]
+        sizes[self.rank] = list(mine[self.rank])
+        return sizes
+
+    def _refuse(self, terms: Mapping[str, Any]) -> None:
+        """Say which rank has other terms; every rank comes here, as all have heard all digests."""
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, dict(terms), group=self.group)
+        told = []
+        for key in sorted({key for theirs in everyone for key in theirs}):
+            values = [theirs.get(key, "nothing") for theirs in everyone]
+            if len(set(map(repr, values))) > 1:
+                told.append(f"{key}: " + ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values)))
+        raise RanksDiffer(
+            f"the ranks do not agree on how rows are sent: {'; '.join(told[:4])}. Bounds are a function of the recipe "
+            "and the global step: give every rank the same ones"
+        )
+
+    def _decode(
+        self,
+        arrived: np.ndarray,
+        sizes: Sequence[Sequence[int]],
+        received: Blocks,
+        wire: Wire,
+        kept: Sequence[Any],
+        x: Tensor,
+        sent: Blocks,
+    ) -> Tensor:
+        out = x.new_empty(sum(block.count for blocks in received for block in blocks))
+        flat, starts = out.numpy(), _starts(received)
+        blocks, streams, outs = [], [], []
+        at = 0
+        for rank, part in enumerate(received):
+            if rank == self.rank and not self.local:
+                first, begin = starts[rank][0] if part else 0, _starts(sent)[rank]
+                count = sum(block.count for block in part)
+                flat[first : first + count] = x.numpy()[begin[0] : begin[0] + count] if part else 0
+                continue
+            for n, block in enumerate(part):
+                if rank == self.rank:
+                    streams.append(kept[n])
+                else:
+                    streams.append(arrived[at : at + sizes[rank][n]])
+                    at += sizes[rank][n]
+                blocks.append(block)
+                outs.append(_rows(flat, starts[rank][n], block))
+        wire.decode(blocks, streams, outs)
+        return out
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, pending: Pending, returns: Any, sink: Any) -> Tensor:
+        ctx.returns, ctx.sink = returns, sink
+        out = pending.wait()
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]
+        pending = ctx.returns(gradient)
+        if ctx.sink is None:
+            return pending.wait(), None, None, None
+        ctx.sink(pending)
+        return None, None, None, None
+
+
+def _starts(blocks: Blocks) -> list[list[int]]:
+    """Where every block begins in the flat tensor."""
+    starts: list[list[int]] = []
+    at = 0
+    for part in blocks:
+        starts.append([])
+        for block in part:
+            starts[-1].append(at)
+            at += block.count
+    return starts
+
+
+def _rows(flat: np.ndarray, start: int, block: Block) -> np.ndarray:
+    return flat[start : start + block.count].reshape(block.rows, block.width)
+
+
+def _digest(terms: Mapping[str, Any]) -> int:
+    digest = hashlib.blake2b(repr(sorted(terms.items())).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)

@@ -1,0 +1,110 @@
+"""Clicks on disk: a row a sample, in the order of time. `clicks.json` is written last, by rename.
+
+DIR/clicks.json       features, rows of each table, splits as ranges of samples, SHA-256 of each file
+DIR/labels            uint8, 0 or 1
+DIR/dense             little-endian float32, (samples, dense features), as log(1 + x) where the import took it
+DIR/ids               little-endian int32, (samples, categorical features); 0 is what has no row of its own
+DIR/maps/NAME.txt     the value of every id from 1 on, a line each; none where values were hashed or were ids already
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from puna.errors import DataError
+from puna.train.hashed import sha256_of
+
+FORMAT_VERSION = 1
+MANIFEST = "clicks.json"
+HOW = "Make it with `puna recsys import FILE --layout criteo --out DIR` or `puna recsys generate --out DIR`."
+COLUMNS: dict[str, np.dtype[Any]] = {"labels": np.dtype("u1"), "dense": np.dtype("<f4"), "ids": np.dtype("<i4")}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples. numbers: their places, (N,); labels (N,) float32; dense (N, F) float32; ids (N, T) int32."""
+
+    numbers: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.float32]
+    dense: npt.NDArray[np.float32]
+    ids: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """Imported clicks; columns are mapped, not read."""
+
+    folder: Path
+    dense: tuple[str, ...]  # names of the dense features
+    tables: tuple[str, ...]  # names of the categorical ones
+    rows: tuple[int, ...]  # ids of each, 0 among them
+    splits: dict[str, tuple[int, int]]  # samples from, to
+    columns: dict[str, Any] = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "Clicks":
+        """Raises DataError where the folder holds no clicks, ones of a newer format, or a file of another size."""
+        folder = Path(folder)
+        path = folder / MANIFEST
+        if not path.is_file():
+            raise DataError(f"{folder} holds no clicks: there is no {path}", HOW)
+        try:
+            raw = json.loads(path.read_bytes())
+            version, files, count = raw["format_version"], raw["files"], raw["samples"]
+            dense, tables = tuple(raw["dense"]), tuple(raw["tables"])
+            rows, splits = tuple(raw["rows"]), {name: (a, b) for name, (a, b) in raw["splits"].items()}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged ({error})", "Import the clicks again.") from None
+        if version > FORMAT_VERSION:
+            raise DataError(f"{path} has format {version}; this Puna reads {FORMAT_VERSION}", "Use a newer Puna.")
+        for name, facts in files.items():
+            size = (folder / name).stat().st_size if (folder / name).is_file() else None
+            if size != facts["bytes"]:
+                found = "is missing" if size is None else f"has {size}"
+                raise DataError(f"{folder / name} should have {facts['bytes']} bytes and {found}", "Import again.")
+        shapes = {"labels": (count,), "dense": (count, len(dense)), "ids": (count, len(tables))}
+        columns = {name: _map(folder / name, COLUMNS[name], shape) for name, shape in shapes.items()}
+        return cls(folder, dense, tables, rows, splits, columns)
+
+    def count(self, split: str) -> int:
+        """Samples of a split. Raises DataError where there is no such split."""
+        if split not in self.splits:
+            have = ", ".join(self.splits)
+            raise DataError(f"{self.folder} has no split {split!r}; it has {have}", "Import with --valid and --test.")
+        first, end = self.splits[split]
+        return end - first
+
+    def take(self, split: str, positions: npt.NDArray[np.int64]) -> Samples:
+        """Samples of a split by their places in it."""
+        return self.at(positions + self.splits[split][0])
+
+    def at(self, numbers: npt.NDArray[np.int64]) -> Samples:
+        """Samples by their numbers."""
+        found = {name: np.asarray(column[numbers]) for name, column in self.columns.items()}
+        return Samples(numbers, found["labels"].astype(np.float32), found["dense"], found["ids"])
+
+    def version(self) -> dict[str, str]:
+        """What the folder says of itself: copies on several machines must be the same."""
+        return {str(self.folder / MANIFEST): sha256_of(self.folder / MANIFEST)[:16]}
+
+    def refuse_strangers(self, samples: Samples, rows: tuple[int, ...]) -> None:
+        """Raise DataError for the first id that its table, of so many rows, does not have."""
+        wrong = (samples.ids < 0) | (samples.ids >= np.asarray(rows))
+        if wrong.any():
+            at, table = np.argwhere(wrong)[0]
+            raise DataError(
+                f"{self.folder / 'ids'}, sample {samples.numbers[at]:,}, column {self.tables[table]}: the id "
+                f"{samples.ids[at, table]:,} is beyond its table of {rows[table]:,} rows",
+                "The file is damaged, or the model was made for other clicks: import again, or set dlrm.max_rows.",
+            )
+
+
+def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:
+    return np.memmap(path, dtype, "r", shape=shape) if np.prod(shape) else np.empty(shape, dtype)

@@ -1,0 +1,49 @@
+"""How kernels are compiled: by Numba, without the interpreter's lock, kept on disk; and how they share the cores.
+
+Kernels start no threads of their own: `Team` calls them on parts of the work from a few threads.
+"""
+
+import ctypes
+import os
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from numba import njit
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+FAST = {"reassoc", "contract", "arcp", "nsz"}
+"""Freedom that turns loops into vector code; NaN and infinity keep their meaning."""
+
+_compile: Callable[..., Any] = partial(njit, nogil=True, cache=True, error_model="numpy")
+exact_kernel = _compile()
+"""For whole numbers, and where the last bit matters."""
+kernel = _compile(fastmath=FAST)
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed: a step's tensors are as large in every step, and fresh pages cost time."""
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            library.mallopt(option, 1 << 30)
+
+
+class Team:
+    """Threads that take the parts 0 .. size - 1 of a piece of work at the same time; results do not depend on size."""
+
+    def __init__(self, size: int = 0) -> None:
+        """size: threads; 0: as many as torch uses."""
+        self.size = size or min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+        self._pool = ThreadPoolExecutor(self.size - 1) if self.size > 1 else None
+
+    def __call__(self, act: Callable[[int, int], None], count: int) -> None:
+        """act(begin, end) for consecutive parts of range(count), one a thread."""
+        cuts = [count * n // self.size for n in range(self.size + 1)]
+        others = [self._pool.submit(act, cuts[n], cuts[n + 1]) for n in range(1, self.size)] if self._pool else []
+        act(cuts[0], cuts[1])
+        for other in others:
+            other.result()

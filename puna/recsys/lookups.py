@@ -1,0 +1,217 @@
+"""Kernels around tables: distinct ids of a batch, rows gathered and spread, gradients folded, row-wise updates.
+
+A batch of B samples is cut into slices, one a rank: slice p is samples cuts[p] .. cuts[p + 1]. The distinct ids of a
+table t in slice p stand in distinct[t, cuts[p] : cuts[p] + counts[t, p]], in the order of first sight.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from puna.recsys.compiled import exact_kernel, kernel
+from puna.recsys.fields import mix
+
+_ZERO, _ONE = np.float32(0), np.float32(1)
+
+
+@exact_kernel
+def fill_uniform(key: Any, first_row: int, first_col: int, scale: float, out: Any) -> None:
+    """out[r, k] = evenly from -scale to scale, a function of (key, first_row + r, first_col + k)."""
+    for r in range(out.shape[0]):
+        seed = mix(key ^ mix(np.uint64(first_row + r) + np.uint64(1)))
+        for k in range(out.shape[1]):
+            bits = mix(seed + np.uint64(first_col + k + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)
+            out[r, k] = np.float32(scale * (float(bits) * 2.0**-52 - 1.0))
+
+
+@exact_kernel
+def find_distinct(
+    ids: Any, cuts: Any, tables: Any, slices: Any, keep_all: bool, keys: Any, places: Any, distinct: Any, counts: Any,
+    slots: Any, mine: int,
+) -> None:  # fmt: skip
+    """Distinct ids of the named tables in the named slices; slots[j, t]: which of them sample j of slice `mine` has.
+
+    ids: (B, T). keep_all: every sample counts as one of its own. keys, places: room for a table of hashes, a power of
+    two of at least twice a slice; keys are -1 before and after.
+    """
+    mask = np.uint64(keys.shape[0] - 1)
+    for n in range(tables.shape[0]):
+        t = tables[n]
+        for m in range(slices.shape[0]):
+            p = slices[m]
+            begin, count = cuts[p], 0
+            for j in range(begin, cuts[p + 1]):
+                wanted = ids[j, t]
+                if keep_all:
+                    slot = count
+                    distinct[t, begin + count] = wanted
+                    count += 1
+                else:
+                    at = mix(np.uint64(wanted)) & mask
+                    while keys[at] >= 0 and keys[at] != wanted:
+                        at = (at + np.uint64(1)) & mask
+                    if keys[at] < 0:
+                        keys[at] = wanted
+                        places[at] = count
+                        distinct[t, begin + count] = wanted
+                        count += 1
+                    slot = places[at]
+                if p == mine:
+                    slots[j - begin, t] = slot
+            counts[t, p] = count
+            for k in range(keys.shape[0]):
+                keys[k] = -1
+
+
+@exact_kernel
+def count_between(distinct: Any, begin: int, count: int, first: int, end: int) -> int:
+    """How many of the ids lie in first .. end."""
+    found = 0
+    for k in range(begin, begin + count):
+        if distinct[k] >= first and distinct[k] < end:
+            found += 1
+    return found
+
+
+@exact_kernel
+def gather(
+    flat: Any, offsets: Any, table_of: Any, spans: Any, distinct: Any, cuts: Any, counts: Any, starts: Any, begin: int,
+    end: int, out: Any,
+) -> None:  # fmt: skip
+    """Rows of the blocks begin .. end (p x shards + s): of shard s for slice p, from starts[p, s] on in `out`.
+
+    flat: the shards' numbers; offsets: where each begins; spans: (S, 3), first row, end row, width.
+    """
+    num_shards = table_of.shape[0]
+    for n in range(begin, end):
+        p, s = n // num_shards, n % num_shards
+        t, first, last, width = table_of[s], spans[s, 0], spans[s, 1], spans[s, 2]
+        at = starts[p, s]
+        for k in range(cuts[p], cuts[p] + counts[t, p]):
+            row = distinct[t, k]
+            if row >= first and row < last:
+                source = offsets[s] + (row - first) * width
+                for c in range(width):
+                    out[at + c] = flat[source + c]
+                at += width
+
+
+@exact_kernel
+def unpack(
+    packed: Any, starts: Any, table_of: Any, spans: Any, columns: Any, distinct: Any, first_slot: int, counts: Any,
+    row_starts: Any, backward: bool, rows: Any,
+) -> None:  # fmt: skip
+    """Blocks of shards, (S,) starts in `packed`, to rows (M, D) of distinct ids; backward: from rows to blocks.
+
+    first_slot: where this rank's slice begins; counts: (T,) distinct ids of it; row_starts: of tables, in rows.
+    """
+    for s in range(table_of.shape[0]):
+        t, first, last, width = table_of[s], spans[s, 0], spans[s, 1], spans[s, 2]
+        at, left = starts[s], columns[s]
+        for k in range(counts[t]):
+            row = distinct[t, first_slot + k]
+            if row >= first and row < last:
+                place = row_starts[t] + k
+                for c in range(width):
+                    if backward:
+                        packed[at + c] = rows[place, left + c]
+                    else:
+                        rows[place, left + c] = packed[at + c]
+                at += width
+
+
+@exact_kernel
+def spread(rows: Any, row_starts: Any, slots: Any, begin: int, end: int, out: Any) -> None:
+    """out[j, t] = rows[row_starts[t] + slots[j, t]] for samples begin .. end; out: (samples, T, D)."""
+    for j in range(begin, end):
+        for t in range(slots.shape[1]):
+            source = row_starts[t] + slots[j, t]
+            for c in range(out.shape[2]):
+                out[j, t, c] = rows[source, c]
+
+
+@exact_kernel
+def fold(gradients: Any, row_starts: Any, slots: Any, begin: int, end: int, out: Any) -> None:
+    """out[row_starts[t] + slots[j, t]] += gradients[j, t] for tables begin .. end, in the order of samples."""
+    for j in range(slots.shape[0]):
+        for t in range(begin, end):
+            place = row_starts[t] + slots[j, t]
+            for c in range(out.shape[1]):
+                out[place, c] += gradients[j, t, c]
+
+
+@exact_kernel
+def merge(
+    packed: Any, starts: Any, table: int, span: Any, distinct: Any, cuts: Any, counts: Any, scale: Any, keys: Any,
+    places: Any, rows: Any, out: Any,
+) -> int:  # fmt: skip
+    """Gradients of one shard's rows over all slices: how many rows, their places in the shard, their sums (n, width).
+
+    packed: blocks of the shard, (P,) starts. A row's terms are added in the order of slices, so that every rank that
+    does this gets the same bits. keys: -1 before and after.
+    """
+    mask, found, width = np.uint64(keys.shape[0] - 1), 0, span[2]
+    for p in range(starts.shape[0]):
+        at = starts[p]
+        for k in range(cuts[p], cuts[p] + counts[p]):
+            row = distinct[table, k]
+            if row < span[0] or row >= span[1]:
+                continue
+            place = mix(np.uint64(row)) & mask
+            while keys[place] >= 0 and keys[place] != row:
+                place = (place + np.uint64(1)) & mask
+            if keys[place] < 0:
+                keys[place] = row
+                places[place] = found
+                rows[found] = row - span[0]
+                for c in range(width):
+                    out[found, c] = packed[at + c] * scale
+                found += 1
+            else:
+                slot = places[place]
+                for c in range(width):
+                    out[slot, c] += packed[at + c] * scale
+            at += width
+    for k in range(keys.shape[0]):
+        keys[k] = -1
+    return found
+
+
+@kernel
+def squares(gradients: Any, out: Any) -> float:
+    """out[i] = sum of the squares of row i; the sum of all, not finite where a number is not."""
+    total = 0.0
+    for i in range(gradients.shape[0]):
+        square = _ZERO
+        for c in range(gradients.shape[1]):
+            square += gradients[i, c] * gradients[i, c]
+        out[i] = square
+        total += float(square)
+    return total
+
+
+@exact_kernel
+def step_sgd(flat: Any, offset: int, rows: Any, gradients: Any, rate: Any) -> None:
+    """row -= rate x gradient, for every row."""
+    width = gradients.shape[1]
+    for i in range(rows.shape[0]):
+        at = offset + rows[i] * width
+        for c in range(width):
+            flat[at + c] -= rate * gradients[i, c]
+
+
+@exact_kernel
+def step_adagrad(
+    flat: Any, offset: int, sums: Any, sums_offset: int, rows: Any, gradients: Any, square: Any, dim: int, rate: Any,
+    eps: Any,
+) -> None:  # fmt: skip
+    """sum += square / dim; row -= rate x gradient / (sqrt(sum) + eps). square: of the whole row, (n,)."""
+    width = gradients.shape[1]
+    for i in range(rows.shape[0]):
+        place = sums_offset + rows[i]
+        sums[place] += square[i] / np.float32(dim)
+        factor = rate / (np.float32(math.sqrt(sums[place])) + eps)
+        at = offset + rows[i] * width
+        for c in range(width):
+            flat[at + c] -= factor * gradients[i, c]

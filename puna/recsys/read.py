@@ -1,0 +1,218 @@
+"""Rows of click files as they stream by: text (plain, gzip, xz, bzip2, zstd) and Parquet. Memory does not grow.
+
+A block is bytes with the bounds of every field in them: field c of row r is data[bounds[r, c, 0] : bounds[r, c, 1]].
+"""
+
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from puna.errors import DataError
+from puna.recsys.compiled import exact_kernel
+from puna.recsys.layouts import LEFT_OUT, Layout
+
+BLOCK_BYTES = 8 << 20
+BLOCK_ROWS = 1 << 16
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+NEWLINE, RETURN, SPACE = ord("\n"), ord("\r"), ord(" ")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of a file. first: line (or row, in Parquet) of the first one, from 1; lines: of every row."""
+
+    path: Path
+    data: npt.NDArray[np.uint8]
+    bounds: npt.NDArray[np.int64]  # (rows, columns, 2)
+    lines: npt.NDArray[np.int64]  # (rows,)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def text(self, row: int, column: int) -> str:
+        """One field."""
+        start, end = self.bounds[row, column]
+        return bytes(self.data[start:end]).decode("utf-8", "replace")
+
+    def place(self, row: int, name: str) -> str:
+        """Where a field is, for a message."""
+        return f"{self.path}, line {self.lines[row]:,}, column {name}"
+
+    def column(self, place: int) -> npt.NDArray[np.int64]:
+        """Where the fields of a column begin and end, (rows, 2)."""
+        return np.ascontiguousarray(self.bounds[:, place])
+
+    def rest(self, count: int) -> "Block":
+        """The rows after the first `count`."""
+        return Block(self.path, self.data, self.bounds[count:], self.lines[count:])
+
+
+def read(path: Path, layout: Layout) -> Iterator[Block]:
+    """Blocks of rows with the layout's columns; a first line that is the layout's names is a header.
+
+    Raises DataError: no such file, a row with another number of fields (file and line), a column that a Parquet file
+    does not have, damaged or truncated compression.
+    """
+    if not path.is_file():
+        raise DataError(
+            f"no click file at {path}", "Give a TSV, CSV or Parquet file; .gz, .xz, .zst and .bz2 are read."
+        )
+    if path.suffix == ".parquet":
+        yield from _parquet(path, layout)
+        return
+    reached = 0
+    try:
+        for block in _text(path, layout):
+            reached = int(block.lines[-1]) if len(block) else reached
+            yield block
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise DataError(
+            f"{path} is damaged or cut short after line {reached:,}: {error}",
+            "Fetch it again; an import that was begun goes on from where it stands.",
+        ) from None
+
+
+def _open(path: Path) -> Any:
+    if path.suffix == ".zst":
+        from backports import zstd
+
+        return zstd.open(path, "rb")
+    return OPENERS.get(path.suffix, open)(path, "rb")
+
+
+def _text(path: Path, layout: Layout) -> Iterator[Block]:
+    line, width = 1, len(layout.names)
+    with _open(path) as file:
+        for piece in _whole_lines(file):
+            if line == 1 and (header := _header(path, piece, layout)):
+                piece, line = piece[header:], 2
+            data = np.frombuffer(piece, np.uint8)
+            num_lines = int((data == NEWLINE).sum())
+            bounds, lines = np.empty((num_lines, width, 2), np.int64), np.empty(num_lines, np.int64)
+            count, bad = _split(data, ord(layout.delimiter), line, bounds, lines)
+            if bad >= 0:
+                raise _wrong_row(path, int(lines[count]), piece, bad, layout)
+            yield Block(path, data, bounds[:count], lines[:count])
+            line += num_lines
+
+
+def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
+    """Whole lines, some megabytes at a time; the last one ends in a newline too."""
+    rest = b""
+    while data := file.read(BLOCK_BYTES):
+        whole, newline, after = (rest + data).rpartition(b"\n")
+        if newline:
+            yield whole + newline
+        rest = after
+    if rest:
+        yield rest + b"\n"
+
+
+def _header(path: Path, piece: bytes, layout: Layout) -> int:
+    """Bytes of a header line; 0 where the first line is a sample. Raises DataError for a header of other columns."""
+    first = piece[: piece.index(b"\n") + 1]
+    fields = [field.strip() for field in first.decode("utf-8", "replace").rstrip("\r\n").split(layout.delimiter)]
+    wanted = {name for name, role in zip(layout.names, layout.roles, strict=True) if role != LEFT_OUT}
+    if len(wanted & set(fields)) < max(2, len(wanted) // 2):
+        return 0
+    if missing := [name for name in layout.names if name in wanted and name not in fields]:
+        raise DataError(
+            f"{path}, line 1: the header lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}",
+            "Give the file the layout's columns, or describe its own with --columns.",
+        )
+    if len(fields) != len(layout.names) or [f for f in fields if f in wanted] != [
+        name for name in layout.names if name in wanted
+    ]:
+        raise DataError(
+            f"{path}, line 1: the header has the columns {', '.join(fields)}, not {', '.join(layout.names)}",
+            "Describe the file's own columns, in order, with --columns.",
+        )
+    return len(first)
+
+
+@exact_kernel
+def _split(data: Any, separator: int, first: int, bounds: Any, lines: Any) -> Any:
+    """Fields of each line with any, spaces around them left out: rows found, start of the first bad line or -1."""
+    row, line, start = 0, first, 0
+    num_columns = bounds.shape[1]
+    for end in range(data.shape[0]):
+        if data[end] != NEWLINE:
+            continue
+        last = end - 1 if end > start and data[end - 1] == RETURN else end
+        if last > start:
+            lines[row] = line
+            column, field = 0, start
+            for at in range(start, last + 1):
+                if at == last or data[at] == separator:
+                    if column < num_columns:
+                        left, right = field, at
+                        while left < right and data[left] == SPACE:
+                            left += 1
+                        while right > left and data[right - 1] == SPACE:
+                            right -= 1
+                        bounds[row, column, 0] = left
+                        bounds[row, column, 1] = right
+                    column += 1
+                    field = at + 1
+            if column != num_columns:
+                return row, start
+            row += 1
+        line += 1
+        start = end + 1
+    return row, -1
+
+
+def _wrong_row(path: Path, line: int, piece: bytes, start: int, layout: Layout) -> DataError:
+    text = piece[start : piece.index(b"\n", start)].decode("utf-8", "replace").rstrip("\r")
+    found, wanted = len(text.split(layout.delimiter)), len(layout.names)
+    shown = text if len(text) <= 80 else f"{text[:77]}..."
+    lacks = f"; the first column it lacks is {layout.names[found]}" if found < wanted else ""
+    return DataError(
+        f"{path}, line {line:,} has {found} columns where {wanted} were expected between {layout.delimiter!r}{lacks}: "
+        f"{shown!r}",
+        "Mend the line, or describe the columns with --columns and what parts them with --delimiter.",
+    )
+
+
+def _parquet(path: Path, layout: Layout) -> Iterator[Block]:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{path} is no Parquet file: {error}", "Write it again.") from None
+    wanted = [name for name, role in zip(layout.names, layout.roles, strict=True) if role != LEFT_OUT]
+    if missing := [name for name in wanted if name not in file.schema_arrow.names]:
+        raise DataError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; it has "
+            f"{', '.join(file.schema_arrow.names)}",
+            "Give the file the layout's columns, or describe its own with --columns.",
+        )
+    first = 1
+    for batch in file.iter_batches(BLOCK_ROWS, columns=wanted):
+        pieces, size = [], 0
+        bounds = np.zeros((batch.num_rows, len(layout.names), 2), np.int64)
+        for name in wanted:
+            values = pc.fill_null(batch.column(name).cast(pa.large_string()), "")
+            _, offsets, data = values.buffers()
+            ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1]
+            text = np.frombuffer(data, np.uint8)[: ends[-1]] if data else np.empty(0, np.uint8)
+            place = layout.names.index(name)
+            bounds[:, place, 0], bounds[:, place, 1] = size + ends[:-1], size + ends[1:]
+            pieces.append(text)
+            size += len(text)
+        data = np.concatenate(pieces)
+        data.flags.writeable = False
+        yield Block(path, data, bounds, np.arange(first, first + batch.num_rows))
+        first += batch.num_rows

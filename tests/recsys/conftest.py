@@ -1,0 +1,38 @@
+"""Small clicks with a planted truth; four processes with one process group."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from ranks import Ranks
+
+from puna.recsys.clicks import Clicks
+from puna.recsys.generator import generate
+
+ROWS = (700, 3, 40, 300, 9)
+
+
+@pytest.fixture(scope="session")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Clicks:
+    """Five tables, four dense features, 8,192 samples to train on and 2,048 to test on."""
+    folder = tmp_path_factory.mktemp("planted") / "clicks"
+    generate(folder, samples=8192, test=2048, rows=ROWS, num_dense=4, spread=2.0, seed=1, num_threads=1)
+    return Clicks.open(folder)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """`ranks(function, *arguments)` gives the results by rank."""
+    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
