@@ -157,7 +157,7 @@ class Peers:
         """Seconds of each epoch. out: an .npz for the model."""
         settings = shape.settings | ({"workers": threads} if shape.peer == "pbg" else {})
         with tempfile.TemporaryDirectory() as folder:
-            columns = {name: np.asarray(vars(edges)[name]) for name in ("heads", "relations", "tails")}
+            columns: dict[str, Any] = {name: np.asarray(vars(edges)[name]) for name in ("heads", "relations", "tails")}
             np.savez(Path(folder) / "edges.npz", **columns)
             job = {
                 "edges": f"{folder}/edges.npz", "num_nodes": self.sizes[0], "num_relations": self.sizes[1], "seed": 0,
@@ -200,7 +200,8 @@ def matrix_rate(num_threads: int, seconds: float = 0.5) -> float:
 def random_edges() -> Edges:
     """As many as FB15k has, evenly over its numbers of nodes and relations."""
     rng = np.random.default_rng(0)
-    columns = (rng.integers(n, size=NUM_EDGES).astype(np.int32) for n in (NUM_NODES, NUM_RELATIONS, NUM_NODES))
+    sizes = (NUM_NODES, NUM_RELATIONS, NUM_NODES)
+    columns: list[Any] = [rng.integers(n, size=NUM_EDGES).astype(np.int32) for n in sizes]
     return Edges(*columns)
 
 

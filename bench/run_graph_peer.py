@@ -86,7 +86,7 @@ def _keep_pbg(folder: Path, job: Job) -> None:
     with h5py.File(folder / f"embeddings_all_0.v{version}.h5", "r") as file:
         nodes = file["embeddings"][...]
     names = ("real", "imag") if job["operator"] == "complex_diagonal" else ("translations",)
-    tables = {}
+    tables: dict[str, Any] = {}
     with h5py.File(folder / f"model.v{version}.h5", "r") as file:
         for guessed, side in (("tail", "lhs"), ("head", "rhs")):
             parts = file[f"model/relations/0/operator/{side}"]
@@ -129,7 +129,9 @@ def pykeen(job: Job) -> list[float]:
                 torch.view_as_real(found[0](indices=None).detach())
                 for found in (model.entity_representations, model.relation_representations)
             )
-        flat = {name: torch.cat(x.unbind(-1), dim=1).numpy() for name, x in (("nodes", nodes), ("tail", relations))}
+        flat: dict[str, Any] = {
+            name: torch.cat(x.unbind(-1), dim=1).numpy() for name, x in (("nodes", nodes), ("tail", relations))
+        }
         conjugate = torch.cat([relations[..., 0], -relations[..., 1]], dim=1).numpy()
         np.savez(job["out"], head=conjugate, **flat)
     return seconds
