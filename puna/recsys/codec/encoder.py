@@ -42,11 +42,12 @@ class Encoder:
                 codes, exceptions, head.num_exceptions = _without(found)
             head.method, payload = self._payload(codes, found.grid, codec)
             head.grid = found.grid
+        parts: list[Any] = [self._index(head, found, codec), exceptions, payload]
         if head.grid is None or len(payload) + len(exceptions) >= found.rows.nbytes:
             head.method, head.num_exceptions, head.grid = stream.RAW, 0, None
-            exceptions, payload = b"", found.rows.astype("<f4", copy=False).tobytes()
-        body = b"".join((self._index(head, found, codec), exceptions, payload))
-        return b"".join((stream.write(head, len(body)), body, bytes(head.padding)))
+            parts[1:] = [found.rows.astype("<f4", copy=False).reshape(-1).view(np.uint8).data]
+        text = stream.write(head, sum(map(len, parts)))
+        return b"".join((text, *parts, bytes(head.padding)))
 
     def _open(self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str, head: Head) -> Opened:
         if codec in _WHOLE:
