@@ -176,6 +176,10 @@ def summary(cells: dict[str, Any], peers: list[str]) -> dict[str, Any]:
     ]
     found["geomean_ratio_over_best_peer"] = geomean(over) if over else None
     found["min_ratio_over_best_peer"] = min(over, default=None)
+    found["geomean_ratio_over_peer"] = {
+        name: geomean([c["peer_bytes"][name] / c["bytes"] for c in cells.values()]) if name in peers else None
+        for name in codec_peers.PACKAGES
+    }
     found["geomean_ratio_over_best_peer_tables"] = geomean(tables) if tables else None
     found["min_ratio_over_best_peer_tables"] = min(tables, default=None)
     found["modelled_time_over_best_peer"] = {

@@ -25,8 +25,8 @@ def by_ids(ids: npt.NDArray[np.int64], scratch: Scratch) -> Distinct:
     return Distinct(first[: number_ids(ids, table, first, inverse)], inverse)
 
 
-def by_content(rows: npt.NDArray[Any], scratch: Scratch) -> Distinct:
-    """Rows (n, D) of unsigned numbers that are equal bit for bit."""
+def by_content(rows: npt.NDArray[np.uint32], scratch: Scratch) -> Distinct:
+    """Rows (n, D) that are equal bit for bit."""
     first, inverse, table = room(len(rows), scratch)
     hashes = scratch.take("hashes", len(rows), np.int64)
     return Distinct(first[: number_rows(rows, factors(rows.shape[1]), hashes, table, first, inverse)], inverse)
