@@ -13,8 +13,8 @@ cell is a D, a bound and an account; sizes of a cell are those of all its tables
 entropy_gap_pct: largest over cells, of bytes over the order-0 entropy of the codes of distinct rows (and of the index
 where it is sent), each table's by itself. geomean_ratio_over_best_peer: over cells; min_...: the smallest;
 ..._tables: the same over single tables. modelled_time_over_best_peer: largest over cells, at 1, 10, 100 Gbit/s, of
-1/CR + B (1/Tc + 1/Td), Puna by its own choice among rans, fixed and raw. harmonic_ratio: of the largest D with the
-published Kaggle bounds, index sent; _ids: ids known. published_scheme_harmonic_ratio: so with codec "published".
+1/CR + B (1/Tc + 1/Td), Puna by its own choice among rans, fixed, raw and copy. harmonic_ratio: of the largest D with
+the published Kaggle bounds, index sent; _ids: ids known. published_scheme_harmonic_ratio: so with codec "published".
 """
 
 import argparse
@@ -44,7 +44,7 @@ from puna.recsys.codec.api import Codec
 from puna.recsys.codec.choose import Measured, exchange_time
 
 DIMS, BOUNDS, LINKS = (16, 32, 64), (0.01, 0.02, 0.03, 0.05), (1, 10, 100)
-OURS = ("rans", "fixed", "raw")
+OURS = ("rans", "fixed", "raw", "copy")
 
 
 class Side:
