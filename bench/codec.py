@@ -13,8 +13,8 @@ cell is a D, a bound and an account; sizes of a cell are those of all its tables
 entropy_gap_pct: largest over cells, of bytes over the order-0 entropy of the codes of distinct rows (and of the index
 where it is sent), each table's by itself. geomean_ratio_over_best_peer: over cells; min_...: the smallest;
 ..._tables: the same over single tables. modelled_time_over_best_peer: largest over cells, at 1, 10, 100 Gbit/s, of
-1/CR + B (1/Tc + 1/Td), Puna with the best of rans, fixed, raw and copy for each table. harmonic_ratio: of the largest D
-with the published Kaggle bounds, index sent; _ids: ids known. published_scheme_harmonic_ratio: so with codec "published".
+1/CR + B (1/Tc + 1/Td), Puna with the best of rans, fixed, raw and copy for each table. harmonic_ratio: of the largest
+D with the published Kaggle bounds, index sent; _ids: ids known. published_scheme_harmonic_ratio: so with "published".
 """
 
 import argparse
