@@ -43,6 +43,7 @@ FREE_TO_CHANGE = (
     "eval.",
     "health.",
     "data.",
+    "graph.memory",
     "train.micro_batch",
     "train.recompute",
     "train.compile",
@@ -96,16 +97,26 @@ def prepare(loaded: Loaded, run: Path) -> None:
 
 
 def train_graph(loaded: Loaded, run: Path) -> None:
-    """Train a graph, in this process. Raises DataError (no graph) and RecipeError (more than one process)."""
+    """Train a graph, in this process; with graph.memory, in the partitions that fit it.
+
+    Raises DataError (no graph), RecipeError (more than one process, too little memory, another graph.start).
+    """
     from puna.graph.graph import Graph
     from puna.graph.task import GraphTask
+    from puna.graph.trained import begin_with
 
-    recipe, graph = loaded.recipe, Graph.open(loaded.recipe.data.path)
+    graph = Graph.open(loaded.recipe.data.path)
+    if loaded.recipe.graph.memory:
+        loaded = within_memory(loaded, graph)
+    recipe, start = loaded.recipe, None
     if count_ranks(recipe) != 1:
         raise RecipeError(
             f"run.num_processes is {count_ranks(recipe)}, but a graph is trained by the threads of one process",
             "Set run.num_processes to 1 and run.num_threads to the workers wanted (0: one a core).",
         )
+    if recipe.graph.start:
+        theirs = Path(recipe.graph.start)
+        start = begin_with(theirs, graph_run(theirs).graph, recipe.graph, graph)
     with hold_lock(run):
         refuse_other_run(loaded, run)
         write_recipe(loaded, run)
@@ -118,9 +129,34 @@ def train_graph(loaded: Loaded, run: Path) -> None:
             seed=recipe.run.seed,
             num_threads=recipe.run.num_threads,
             eval_edges=recipe.eval.tokens,
+            start=start,
         )
         facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
         Run(task, run, recipe, facts=facts).go()
+
+
+def within_memory(loaded: Loaded, graph: Any) -> Loaded:
+    """The recipe with partitions, buffer and order by graph.memory, told on stderr. Raises RecipeError."""
+    from puna.graph import budget
+    from puna.graph.task import num_workers
+
+    recipe, sizes = loaded.recipe, budget.Sizes.of(graph)
+    job = sizes, num_workers(recipe.run.num_threads), recipe.eval.tokens > 0
+    found = budget.fitted(recipe.graph, *job)
+    err.print(budget.sentence(budget.plan(found, *job), found.memory), markup=False, soft_wrap=True)
+    derived = {f"graph.{key}": "memory" for key in budget.DERIVED}
+    recipe = recipe.model_copy(update={"graph": found})
+    return Loaded(recipe, loaded.origins | derived, recipes.dump_toml(recipe))
+
+
+def graph_run(run: Path) -> Recipe:
+    """The recipe of a graph run. Raises CheckpointError where `run` holds none."""
+    if not (run / "recipe.toml").is_file():
+        raise CheckpointError(f"{run} holds no run", "Give a folder that `puna train` has written.")
+    recipe = recipes.load(run).recipe
+    if recipe.task != "graph":
+        raise CheckpointError(f"{run} holds a run of task {recipe.task}", "Give the folder of a graph run.")
+    return recipe
 
 
 def write_recipe(loaded: Loaded, run: Path) -> None:
