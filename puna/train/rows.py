@@ -46,7 +46,7 @@ class RowStore:
         Raises ValueError where rows are Python objects, which would have to be pickled.
         """
         if rows.dtype.hasobject:
-            raise ValueError(f"table {self.name} is of numbers; {rows.dtype} would have to be pickled")
+            raise ValueError(f"table {self.name} is of numbers, and {rows.dtype} needs pickles: allow_pickle is off")
         name = f"{partition}.{self._last_version(partition) + 1:08d}.npy"
         temporary = self.folder / f"{name}.tmp"
         with temporary.open("wb") as file:
