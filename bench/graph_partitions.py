@@ -33,7 +33,7 @@ HELD_OUT, CANDIDATES, SEED = 10_000, 10_000, 0
 SETTINGS = {
     "graph.dim": 100,
     "graph.operator": "none",
-    "graph.comparator": "cos",
+    "graph.comparator": "dot",
     "graph.loss": "softmax",
     "graph.init_scale": 0.1,
     "graph.batch_edges": 1000,
