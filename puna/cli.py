@@ -26,6 +26,7 @@ EXTRAS = {
     "ray": ("ray",),
     "plot": ("matplotlib",),
     "graph": ("numba",),
+    "pbg": ("h5py",),
 }
 
 

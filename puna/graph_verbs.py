@@ -124,7 +124,7 @@ def graph_eval(
 @run_folder
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option(
-    "--to", "form", default="tsv", show_default=True, type=click.Choice(["tsv", "parquet", "npy"]), help="Form."
+    "--to", "form", default="tsv", show_default=True, type=click.Choice(["tsv", "parquet", "npy", "pbg"]), help="Form."
 )
 @of_step
 @of_graph
@@ -138,6 +138,27 @@ def graph_export(run: Path, out: Path, form: str, step: int | None, data: Path |
     from puna.graph.trained import export
 
     print_figures(export(_load(run, data, step)[0], out, form), as_json)
+
+
+@graph.command("migrate")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option(
+    "--root", default=".", show_default=True, type=click.Path(path_type=Path), help="What its paths are relative to."
+)
+@as_json
+def graph_migrate(config: Path, out: Path, root: Path, as_json: bool) -> None:
+    """PyTorch-BigGraph's files as a recipe, a graph and, where there is a checkpoint, a run.
+
+    CONFIG is its Python file, of which nothing is run, or the config.json of a checkpoint. OUT gets recipe.toml, graph
+    and run. Back again: puna graph export --to pbg.
+
+    \b
+    Example:  puna graph migrate fb15k_config.py --out fb15k
+    """
+    from puna.run import migrate_graph
+
+    print_figures(migrate_graph(config, out, root), as_json)
 
 
 @graph.command("neighbors")

@@ -17,7 +17,7 @@ import puna
 from puna import recipe as recipes
 from puna.check import WEIGHTS_DTYPE, count_ranks, inspect, refuse_other_mesh
 from puna.console import err
-from puna.errors import CheckpointError, DeviceError, RecipeError
+from puna.errors import CheckpointError, DataError, DeviceError, RecipeError
 from puna.llama import hub
 from puna.llama.identity import refuse_other_tokenizer, verify_identity, write_identity
 from puna.llama.pretrain import Pretrain
@@ -157,6 +157,38 @@ def graph_run(run: Path) -> Recipe:
     if recipe.task != "graph":
         raise CheckpointError(f"{run} holds a run of task {recipe.task}", "Give the folder of a graph run.")
     return recipe
+
+
+def migrate_graph(config: Path, out: Path, root: Path) -> dict[str, Any]:
+    """PyTorch-BigGraph's configuration, with the files it names, as OUT/recipe.toml, OUT/graph and OUT/run.
+
+    Returns out, num_nodes, num_relations, edges by split, checkpoint (None where there is none), left_out (keys that
+    have no counterpart). Raises DataError.
+    """
+    from puna.graph import pbg
+
+    if out.exists():
+        raise DataError(f"{out} is already there", "Name another folder with --out.")
+    raw = pbg.read_config(config)
+    found = pbg.convert(raw, config)
+    words = [f"--graph.{key}={str(value).lower()}" for key, value in found.settings.items()]
+    words += [f"--data.path={out / 'graph'}", f"--run.dir={out / 'run'}", "--schedule.decay=constant"]
+    loaded = recipes.load("social", words)
+    edges = pbg.splits_of(raw["edge_paths"], root)
+    graph = pbg.import_graph(found, root / raw["entity_path"], edges, out / "graph")
+    write_atomic(out / "recipe.toml", loaded.text.encode())
+    told, folder = None, root / raw["checkpoint_path"]
+    if (folder / "checkpoint_version.txt").is_file():
+        told = pbg.import_checkpoint(found, folder, graph, loaded.recipe.graph, out / "run")
+        write_recipe(loaded, out / "run")
+    return {
+        "out": str(out),
+        "num_nodes": graph.num_nodes,
+        "num_relations": graph.num_relations,
+        "edges": {split: facts["edges"] for split, facts in graph.splits.items()},
+        "checkpoint": told,
+        "left_out": found.left_out,
+    }
 
 
 def write_recipe(loaded: Loaded, run: Path) -> None:

@@ -6,7 +6,7 @@
     edges        24 (28 with weights) x edges of the largest bucket
     relations    8 x parameters
     evaluation   of EVAL_QUERIES edges with EVAL_NODES nodes at a time
-    process      the interpreter, torch, Numba and compiled kernels
+    process      the interpreter, torch, TensorBoard, Numba and compiled kernels
 
 slots = 2 x (batch + drawn negatives of a batch). The largest bucket is not known before buckets are made: SKEW times
 the mean of a graph's is taken.
@@ -25,7 +25,7 @@ from puna.graph.graph import Graph
 from puna.graph.ranking import EVAL_NODES, EVAL_QUERIES
 from puna.graph.scores import BLOCK_BYTES, padded
 
-PROCESS_BYTES = 450_000_000
+PROCESS_BYTES = 500_000_000
 HELD = 4
 """Partitions in memory under a budget: three that buckets train, and a place for the one that comes or goes."""
 MOST_PARTITIONS = 256

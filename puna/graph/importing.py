@@ -73,7 +73,7 @@ def import_graph(
     graph, num_unseen = _write(splits, out, form, base)
     if walks:
         graph = _walked(graph, walks)
-    _write_manifest(graph)
+    write_manifest(graph)
     told = {
         "out": str(out),
         "num_nodes": graph.num_nodes,
@@ -222,7 +222,8 @@ def _walked(graph: Graph, walks: Walks) -> Graph:
     return replace(graph, splits={**graph.splits, **splits}, files=files)
 
 
-def _write_manifest(graph: Graph) -> None:
+def write_manifest(graph: Graph) -> None:
+    """Write what a graph folder says of itself: from then on it is one."""
     manifest = {
         "format_version": FORMAT_VERSION,
         "num_nodes": graph.num_nodes,

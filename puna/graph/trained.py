@@ -26,7 +26,7 @@ from puna.train.metrics import read_events
 from puna.train.task import Json, Rows, State, Tensors
 
 TSV_ROWS = 1 << 16
-FORMS = ("tsv", "parquet", "npy")
+FORMS = ("tsv", "parquet", "npy", "pbg")
 SHAPES = ("dim", "operator", "reciprocal")
 """Settings in which a run and the one that it begins with agree."""
 
@@ -112,17 +112,18 @@ def evaluate(
 
 
 def export(scorer: Scorer, out: Path, form: str) -> dict[str, Any]:
-    """Write vectors and relation parameters to the new folder `out`; form: tsv, parquet or npy.
+    """Write vectors and relation parameters to the new folder `out`; form: tsv, parquet, npy or pbg.
 
     tsv: nodes.tsv (name, then numbers) and relations.tsv (name, side, operator, then numbers). npy: nodes.npy (in the
-    order of nodes.txt), relations.SIDE.npy, the names beside them. Returns out, form, num_nodes, num_relations, bytes.
+    order of nodes.txt), relations.SIDE.npy, the names beside them. pbg: PyTorch-BigGraph's files.
+    Returns out, form, num_nodes, num_relations, bytes.
     """
     if out.exists():
         raise DataError(f"{out} is already there", "Name another folder with --out.")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write: dict[str, Callable[[Scorer, Path], None]] = {"tsv": _tsv, "parquet": _parquet, "npy": _npy}
+    write: dict[str, Callable[[Scorer, Path], None]] = {"tsv": _tsv, "parquet": _parquet, "npy": _npy, "pbg": _pbg}
     write[form](scorer, partial)
     os.replace(partial, out)
     return {
@@ -130,7 +131,7 @@ def export(scorer: Scorer, out: Path, form: str) -> dict[str, Any]:
         "form": form,
         "num_nodes": scorer.graph.num_nodes,
         "num_relations": scorer.graph.num_relations,
-        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
     }
 
 
@@ -218,6 +219,12 @@ def _npy(scorer: Scorer, out: Path) -> None:
         np.save(out / f"relations.{side}.npy", table)
     for name in ("nodes.txt", "relations.txt"):
         shutil.copyfile(scorer.graph.folder / name, out / name)
+
+
+def _pbg(scorer: Scorer, out: Path) -> None:
+    from puna.graph import pbg
+
+    pbg.export(scorer, out)
 
 
 def _text(path: Path) -> IO[str]:

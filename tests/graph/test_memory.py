@@ -81,7 +81,7 @@ def test_partitions_that_are_set_stay_and_are_refused_where_they_do_not_fit():
     assert fitted(set_so, LARGE, 2, False).num_partitions == 32
     with pytest.raises(RecipeError, match=r"graph.memory is 3GB, but 5 partitions need 3,.* MB: partitions 3,232 MB"):
         fitted(set_so.model_copy(update={"num_partitions": 5}), LARGE, 2, False)
-    with pytest.raises(RecipeError, match=r"graph.memory is 100MB, but 256 partitions need .*process 4"):
+    with pytest.raises(RecipeError, match=r"graph.memory is 100MB, but 256 partitions need .*process 500 MB"):
         fitted(SOCIAL.model_copy(update={"memory": "100MB"}), LARGE, 2, False)
     assert fitted(SOCIAL, LARGE, 2, False) is SOCIAL
 
