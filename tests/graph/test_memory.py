@@ -113,7 +113,10 @@ def test_the_plan_is_what_a_run_does(planted, tmp_path):
 # --- reading ahead, writing behind ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", ["inside_out", "affinity", "random"])
+SLOW = [pytest.param(order, marks=pytest.mark.slow) for order in ("affinity", "random")]
+
+
+@pytest.mark.parametrize("order", ["inside_out", *SLOW])
 def test_what_is_held_does_not_change_what_is_learnt(planted, tmp_path, order):
     """Bit for bit, whether nothing, one or everything is read ahead."""
     found = []

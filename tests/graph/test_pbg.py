@@ -30,8 +30,10 @@ def trained(planted, folder, *words):
 @pytest.mark.parametrize(
     ("operator", "reciprocal", "parts"),
     [
-        ("complex_diagonal", True, 2), ("translation", False, 1), ("affine", True, 1), ("linear", False, 3),
-        ("diagonal", True, 1), ("none", False, 2),
+        ("complex_diagonal", True, 2), ("translation", False, 1), ("affine", True, 1),
+        pytest.param("linear", False, 3, marks=pytest.mark.slow),
+        pytest.param("diagonal", True, 1, marks=pytest.mark.slow),
+        pytest.param("none", False, 2, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_out_and_in_again(planted, tmp_path, operator, reciprocal, parts):
