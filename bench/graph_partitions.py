@@ -16,6 +16,7 @@ import platform
 import statistics
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,13 +77,14 @@ def train(graph: Graph, folder: Path, parts: int, epochs: int, threads: int, ext
     steps = last_steps(events)
     scorer, _ = load(folder, recipe.load(folder).recipe.graph, graph)
     figures = evaluate(scorer, "test", candidates=CANDIDATES, sampling="prevalence", seed=SEED)
-    times = [event["time"] for event in events if event["event"] in ("start", "step")]
+    told = [event for event in events if event["event"] in ("start", "resume", "step")]
+    spent = [after["time"] - before["time"] for before, after in pairwise(told) if after["event"] == "step"]
     begun = next(event for event in events if event["event"] == "start")
     return {
         "num_partitions": parts,
         "held_partitions": begun["held_partitions"],
         "table_resident": begun["held_partitions"] / parts,
-        "train_s": times[-1] - times[0],
+        "train_s": sum(spent),
         "wall_s": wall,
         "cpu_s": cpu,
         "edges": steps[max(steps)]["tokens"],
