@@ -167,3 +167,17 @@ def test_drawn_nodes_follow_their_sampling(planted):
     same, other = (draw_candidates(planted, 50, "prevalence", seed) for seed in (1, 2))
     assert (same == draw_candidates(planted, 50, "prevalence", 1)).all()
     assert (same != other).any()
+
+
+def test_ties_hold_where_the_first_guess_at_a_true_nodes_score_is_off(planted, monkeypatch):
+    """As if the product of the true nodes alone had rounded otherwise than that with all nodes."""
+    scores = ranking._Turned.scores
+
+    def off(self, anchors, facts, vectors):
+        found = scores(self, anchors, facts, vectors)
+        return found * np.float32(1.0001) if len(vectors) == len(anchors) else found
+
+    monkeypatch.setattr(ranking._Turned, "scores", off)
+    table = np.tile(np.random.default_rng(3).normal(size=100).astype("f4"), (planted.num_nodes, 1))
+    got = rank(scorer_of(planted, table, operator="none"), planted.edges("test"))
+    np.testing.assert_array_equal(got.raw, (got.num_raw + 1) / 2)
