@@ -95,6 +95,8 @@ def check(loaded: Loaded) -> dict[str, Any]:
     """Everything that `puna check` says, by key; docs/check.md documents them. Raises what `inspect` does, and
     RecipeError and DeviceError where the mesh, the batches or the device are not possible."""
     recipe = loaded.recipe
+    if recipe.task == "graph":
+        return check_graph(recipe)
     if recipe.task != "pretrain":
         raise RecipeError(
             f"{recipe.run.dir} is to be a run of task {recipe.task}, and puna check knows token shards",
@@ -126,6 +128,17 @@ def check(loaded: Loaded) -> dict[str, Any]:
         "identity": {key: marks[key] for key in ("tokenizer", "special_tokens", "template", "dtype")},
         "samples": list(_samples(recipe, found)),
     }
+
+
+def check_graph(recipe: Recipe) -> dict[str, Any]:
+    """The same of a recipe that trains a graph. Raises DataError, RecipeError."""
+    from puna.graph.graph import Graph
+    from puna.graph.inspecting import inspect as inspect_graph
+    from puna.graph.task import num_workers
+
+    graph = Graph.open(recipe.data.path)
+    found = inspect_graph(recipe.graph, graph, num_workers(recipe.run.num_threads), recipe.eval.tokens > 0)
+    return {"run": recipe.run.dir, "task": recipe.task} | found
 
 
 def _stages(recipe: Recipe, num_ranks: int) -> list[dict[str, int]]:
@@ -198,6 +211,11 @@ def marked(tokenizer: Tokenizer, ids: Sequence[int], trained: Sequence[bool]) ->
 
 def show(found: dict[str, Any], console: Console) -> None:
     """Print what `check` returned as a page."""
+    if found["task"] == "graph":
+        from puna.graph.inspecting import show as show_graph
+
+        show_graph(found, console)
+        return
     model, memory = found["model"], found["memory"]
     mesh = ", ".join(f"{axis} {size}" for axis, size in found["mesh"].items() if size > 1) or "one process"
     console.print(f"[bold]{escape(found['run'])}[/]  {found['task']} on {found['device']}, {found['compute']}, {mesh}")

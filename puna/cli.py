@@ -19,7 +19,7 @@ from puna.health_verbs import health
 from puna.plan_verbs import plan
 from puna.recipe_verbs import recipe
 from puna.recsys_verbs import recsys
-from puna.verbs import RECIPE_ARGUMENTS, as_json, print_figures, recipe_name, settings
+from puna.verbs import RECIPE_ARGUMENTS, as_json, memory, print_figures, recipe_name, settings, with_memory
 
 EXTRAS = {
     "data": ("tokenizers", "trafilatura", "pyarrow", "backports"),
@@ -30,6 +30,7 @@ EXTRAS = {
     "plot": ("matplotlib",),
     "graph": ("numba",),
     "recsys": ("numba",),
+    "pbg": ("h5py",),
 }
 
 
@@ -210,19 +211,21 @@ def corpus_tokenize(folder: Path, tokenizer: Path, out: Path, as_json: bool) -> 
 @puna.command(context_settings=RECIPE_ARGUMENTS)
 @recipe_name
 @settings
+@memory
 @as_json
-def train(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def train(recipe: str, overrides: tuple[str, ...], memory: str | None, as_json: bool) -> None:
     """Train by a recipe; resumes where the run directory stands.
 
     RECIPE is a name from `puna recipe list`, a TOML file, or a run directory; `puna recipe reference` lists what a
-    flag may set.
+    flag may set. A graph recipe with --memory is trained in the partitions that fit.
 
     \b
     Example:  puna train demo --run.dir runs/mine --data.path shards --train.lr 1e-3
+              puna train social --data.path graph --memory 4GB
     """
     from puna.recipe import load
 
-    loaded = load(recipe, overrides)  # before the slow import: a mistake is told at once
+    loaded = load(recipe, with_memory(overrides, memory))  # before the slow import: a mistake is told at once
     from puna.run import train
 
     if figures := train(loaded):
@@ -274,19 +277,21 @@ def verify(run: Path, step: int | None, as_json: bool) -> int:
 @puna.command(context_settings=RECIPE_ARGUMENTS)
 @recipe_name
 @settings
+@memory
 @as_json
-def check(recipe: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def check(recipe: str, overrides: tuple[str, ...], memory: str | None, as_json: bool) -> None:
     """Say what a run would be, and refuse what would go wrong, before it starts.
 
     Paths, tokenizer and chat template, shapes, batches, memory of a rank, the share of tokens that train, and three
-    decoded samples. `puna train` does the cheap part of it by itself.
+    decoded samples; of a graph recipe partitions, memory, disk traffic and some edges. `puna train` does the cheap part
+    of it by itself.
 
     \b
     Example:  puna check demo --data.path shards
     """
     from puna.recipe import load
 
-    loaded = load(recipe, overrides)  # before the slow import: a mistake is told at once
+    loaded = load(recipe, with_memory(overrides, memory))  # before the slow import: a mistake is told at once
     from puna.check import check, show
     from puna.console import out
 

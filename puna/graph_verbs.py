@@ -39,23 +39,37 @@ def graph() -> None:
 )
 @click.option("--delimiter", help="What parts the fields  [default: a comma in .csv, else a tab]")
 @click.option("--header", is_flag=True, help="The first line of each file names its columns.")
+@click.option("--add", type=click.Path(path_type=Path), help="A graph whose nodes, relations and edges come first.")
+@click.option("--walks", type=click.IntRange(1), help="Random walks from each node, in place of the training edges.")
+@click.option("--walk-length", default=40, show_default=True, type=click.IntRange(2), help="Nodes of a walk.")
+@click.option(
+    "--window", default=10, show_default=True, type=click.IntRange(1), help="How far apart nodes of a walk meet."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the walks.")
 @as_json
 def graph_import(
     train: Path, valid: Path | None, test: Path | None, out: Path, columns: str, delimiter: str | None, header: bool,
-    as_json: bool,
+    add: Path | None, walks: int | None, walk_length: int, window: int, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Edge files to a graph folder.
 
     TSV, CSV or Parquet, plain or as .gz, .xz, .zst, .bz2; they stream, so that memory holds names' hashes and no edges.
+    With --add the numbers of a graph stay, and it stays itself; with --walks nodes that stand near each other in random
+    walks become edges with a count as weight.
 
     \b
     Example:  puna graph import --train train.txt.xz --valid valid.txt.xz --test test.txt.xz --out graph
               puna graph import --train follows.csv.gz --columns head,tail,weight --header --out graph
+              puna graph import --train new.tsv --add graph --out grown
+              puna graph import --train links.tsv --columns head,tail --walks 80 --out walked
     """
     from puna.graph.importing import import_graph
+    from puna.graph.walks import Walks
 
     splits = {name: path for name, path in (("train", train), ("valid", valid), ("test", test)) if path}
-    print_figures(import_graph(splits, out, columns.split(","), delimiter, header), as_json)
+    walked = Walks(walks, walk_length, window, seed) if walks else None
+    figures = import_graph(splits, out, columns.split(","), delimiter, header, add=add, walks=walked)
+    print_figures(figures, as_json)
 
 
 @graph.command("eval")
@@ -63,24 +77,40 @@ def graph_import(
 @click.option("--split", default="test", show_default=True, help="Edges to rank.")
 @click.option("--limit", default=0, help="Only the first so many of them  [default: all]")
 @click.option("--relations", is_flag=True, help="Also a table by relation.")
+@click.option(
+    "--candidates", default=0, type=click.IntRange(0), help="Rank among so many drawn nodes  [default: among all]"
+)
+@click.option(
+    "--sampling",
+    default="prevalence",
+    show_default=True,
+    type=click.Choice(["uniform", "prevalence"]),
+    help="Drawn evenly, or as often as nodes occur in training edges.",
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the candidates.")
 @of_step
 @of_graph
 @as_json
 def graph_eval(
-    run: Path, split: str, limit: int, relations: bool, step: int | None, data: Path | None, as_json: bool
-) -> None:
-    """Link prediction: ranks of true tails and heads among all nodes, filtered and raw.
+    run: Path, split: str, limit: int, relations: bool, candidates: int, sampling: Any, seed: int, step: int | None,
+    data: Path | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Link prediction: ranks of true tails and heads among all nodes or drawn ones, filtered and raw.
 
-    A rank is one more than the nodes that score higher, and half of those that score the same.
+    A rank is one more than the nodes that score higher, and half of those that score the same. Drawn candidates are a
+    function of the graph and the seed: the same for every edge, every run and every number of partitions.
 
     \b
     Example:  puna graph eval runs/graph --split test --json
+              puna graph eval runs/graph --candidates 10000 --sampling prevalence
     """
     from puna.console import out
     from puna.graph.trained import evaluate
 
     scorer, found = _load(run, data, step)
-    figures = {"run": str(run), "step": found, "split": split} | evaluate(scorer, split, limit, relations)
+    figures = {"run": str(run), "step": found, "split": split} | evaluate(
+        scorer, split, limit, relations, candidates, sampling, seed
+    )
     table: Any = [] if as_json else figures.pop("relations", [])
     print_figures(figures, as_json)
     for record in table:
@@ -94,7 +124,7 @@ def graph_eval(
 @run_folder
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
 @click.option(
-    "--to", "form", default="tsv", show_default=True, type=click.Choice(["tsv", "parquet", "npy"]), help="Form."
+    "--to", "form", default="tsv", show_default=True, type=click.Choice(["tsv", "parquet", "npy", "pbg"]), help="Form."
 )
 @of_step
 @of_graph
@@ -108,6 +138,27 @@ def graph_export(run: Path, out: Path, form: str, step: int | None, data: Path |
     from puna.graph.trained import export
 
     print_figures(export(_load(run, data, step)[0], out, form), as_json)
+
+
+@graph.command("migrate")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write; must not exist.")
+@click.option(
+    "--root", default=".", show_default=True, type=click.Path(path_type=Path), help="What its paths are relative to."
+)
+@as_json
+def graph_migrate(config: Path, out: Path, root: Path, as_json: bool) -> None:
+    """PyTorch-BigGraph's files as a recipe, a graph and, where there is a checkpoint, a run.
+
+    CONFIG is its Python file, of which nothing is run, or the config.json of a checkpoint. OUT gets recipe.toml, graph
+    and run. Back again: puna graph export --to pbg.
+
+    \b
+    Example:  puna graph migrate fb15k_config.py --out fb15k
+    """
+    from puna.run import migrate_graph
+
+    print_figures(migrate_graph(config, out, root), as_json)
 
 
 @graph.command("neighbors")
@@ -134,14 +185,9 @@ def graph_neighbors(run: Path, node: str, count: int, step: int | None, data: Pa
 
 
 def _load(run: Path, data: Path | None, step: int | None) -> tuple["Scorer", int]:
-    from puna import recipe as recipes
-    from puna.errors import CheckpointError
     from puna.graph.graph import Graph
     from puna.graph.trained import load
+    from puna.run import graph_run
 
-    if not (run / "recipe.toml").is_file():
-        raise CheckpointError(f"{run} holds no run", "Give a folder that `puna train` has written.")
-    recipe = recipes.load(run).recipe
-    if recipe.task != "graph":
-        raise CheckpointError(f"{run} holds a run of task {recipe.task}", "Give the folder of a graph run.")
+    recipe = graph_run(run)
     return load(run, recipe.graph, Graph.open(data or recipe.data.path), step)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from puna.verbs import as_json, print_figures
+from puna.verbs import RECIPE_ARGUMENTS, as_json, memory, print_figures, recipe_name, settings, with_memory
 
 csv_file = click.argument("file", metavar="FILE.csv", type=click.Path(path_type=Path))
 
@@ -42,6 +42,7 @@ def plan() -> None:
     \b
     Example:  puna plan search --model llama3-405b --gpu h100-sxm --gpus 16384
               puna plan estimate llama3-8b --gpu a100-80 --gpus 64 --tp 2
+              puna plan graph social --data.path graph --memory 4GB
     """
 
 
@@ -292,6 +293,31 @@ def hardware(name: str | None, as_json: bool) -> None:
     click.echo(f"clusters: {', '.join(table.clusters())}; your own: {table.user_folder()}/*.toml")
 
 
+@plan.command("graph", context_settings=RECIPE_ARGUMENTS)
+@recipe_name
+@settings
+@memory
+@as_json
+def plan_graph(recipe: str, overrides: tuple[str, ...], memory: str | None, as_json: bool) -> None:
+    """Partitions, their order, memory by use and disk traffic of a graph recipe.
+
+    With --memory the partitions are those that fit it, and `puna train` with the same flags trains in them.
+
+    \b
+    Example:  puna plan graph social --data.path graph --memory 4GB --json
+    """
+    from puna.recipe import load
+
+    loaded = load(recipe, with_memory(overrides, memory))
+    from puna.check import check
+    from puna.plan.workload import PlanError
+
+    if loaded.recipe.task != "graph":
+        raise PlanError(f"{recipe} is a recipe of task {loaded.recipe.task}", "Name a graph recipe, such as social.")
+    figures = check(loaded)
+    print_figures({key: value for key, value in figures.items() if key not in ("run", "task", "samples")}, as_json)
+
+
 def _emits(name: str) -> Callable[[Any], bool]:
     """Whether a layout is trainable and divides every stage of a recipe. Raises RecipeError where there is none."""
     from puna.errors import RecipeError
@@ -350,6 +376,10 @@ def _job(
     from puna.recipe import load
 
     loaded = load(recipe or "", ()).recipe
+    if loaded.task == "graph":
+        raise PlanError(
+            f"{recipe} trains a graph", f"See what it takes with `puna plan graph {recipe} --data.path DIR`."
+        )
     shape, base = job.of_recipe(loaded.model, loaded.train, loaded.mesh, cluster)
     seq_len = seq_len or base.seq_len
     tokens = batch_tokens or base.global_batch * base.seq_len

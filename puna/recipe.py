@@ -98,6 +98,7 @@ GRAPH_STARTER = (
     "graph.num_batch_negs",
     "graph.num_uniform_negs",
     "graph.lr",
+    "graph.memory",
     "graph.num_partitions",
     "graph.patience",
     "schedule.decay",
@@ -211,6 +212,15 @@ class Recipe(LoopConfig):
         twice = [str(folder) for folder in folders if folders.count(folder) > 1]
         if twice:
             raise ValueError(f"data.sources names {twice[0]} twice; give every folder once, with its whole weight")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_is_of_graphs(self) -> "Recipe":
+        if self.graph.memory and self.task != "graph":
+            raise ValueError(
+                f"graph.memory is {self.graph.memory!r}, but task is {self.task}, which has no partitions to hold; "
+                "leave it out, or name a graph recipe"
+            )
         return self
 
     @model_validator(mode="after")

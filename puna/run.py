@@ -17,7 +17,7 @@ import puna
 from puna import recipe as recipes
 from puna.check import WEIGHTS_DTYPE, count_ranks, inspect, refuse_other_mesh
 from puna.console import err
-from puna.errors import CheckpointError, DeviceError, RecipeError
+from puna.errors import CheckpointError, DataError, DeviceError, RecipeError
 from puna.llama import hub
 from puna.llama.identity import refuse_other_tokenizer, verify_identity, write_identity
 from puna.llama.pretrain import Pretrain
@@ -43,6 +43,7 @@ FREE_TO_CHANGE = (
     "eval.",
     "health.",
     "data.",
+    "graph.memory",
     "train.micro_batch",
     "train.recompute",
     "train.compile",
@@ -100,16 +101,26 @@ def prepare(loaded: Loaded, run: Path) -> None:
 
 
 def train_graph(loaded: Loaded, run: Path) -> None:
-    """Train a graph, in this process. Raises DataError (no graph) and RecipeError (more than one process)."""
+    """Train a graph, in this process; with graph.memory, in the partitions that fit it.
+
+    Raises DataError (no graph), RecipeError (more than one process, too little memory, another graph.start).
+    """
     from puna.graph.graph import Graph
     from puna.graph.task import GraphTask
+    from puna.graph.trained import begin_with
 
-    recipe, graph = loaded.recipe, Graph.open(loaded.recipe.data.path)
+    graph = Graph.open(loaded.recipe.data.path)
+    if loaded.recipe.graph.memory:
+        loaded = within_memory(loaded, graph)
+    recipe, start = loaded.recipe, None
     if count_ranks(recipe) != 1:
         raise RecipeError(
             f"run.num_processes is {count_ranks(recipe)}, but a graph is trained by the threads of one process",
             "Set run.num_processes to 1 and run.num_threads to the workers wanted (0: one a core).",
         )
+    if recipe.graph.start:
+        theirs = Path(recipe.graph.start)
+        start = begin_with(theirs, graph_run(theirs).graph, recipe.graph, graph)
     with hold_lock(run):
         refuse_other_run(loaded, run)
         write_recipe(loaded, run)
@@ -122,6 +133,7 @@ def train_graph(loaded: Loaded, run: Path) -> None:
             seed=recipe.run.seed,
             num_threads=recipe.run.num_threads,
             eval_edges=recipe.eval.tokens,
+            start=start,
         )
         facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
         Run(task, run, recipe, facts=facts).go()
@@ -166,6 +178,62 @@ def dlrm_rank(directory: str) -> None:
         )
         reason = f"dlrm.dtype is {recipe.dlrm.dtype}"
         Run(task, run, recipe, facts={"mesh": str(place), "dtype": recipe.dlrm.dtype, "dtype_reason": reason}).go()
+
+
+def within_memory(loaded: Loaded, graph: Any) -> Loaded:
+    """The recipe with partitions, buffer and order by graph.memory, told on stderr. Raises RecipeError."""
+    from puna.graph import budget
+    from puna.graph.task import num_workers
+
+    recipe, sizes = loaded.recipe, budget.Sizes.of(graph)
+    job = sizes, num_workers(recipe.run.num_threads), recipe.eval.tokens > 0
+    found = budget.fitted(recipe.graph, *job)
+    err.print(budget.sentence(budget.plan(found, *job), found.memory), markup=False, soft_wrap=True)
+    derived = {f"graph.{key}": "memory" for key in budget.DERIVED}
+    recipe = recipe.model_copy(update={"graph": found})
+    return Loaded(recipe, loaded.origins | derived, recipes.dump_toml(recipe))
+
+
+def graph_run(run: Path) -> Recipe:
+    """The recipe of a graph run. Raises CheckpointError where `run` holds none."""
+    if not (run / "recipe.toml").is_file():
+        raise CheckpointError(f"{run} holds no run", "Give a folder that `puna train` has written.")
+    recipe = recipes.load(run).recipe
+    if recipe.task != "graph":
+        raise CheckpointError(f"{run} holds a run of task {recipe.task}", "Give the folder of a graph run.")
+    return recipe
+
+
+def migrate_graph(config: Path, out: Path, root: Path) -> dict[str, Any]:
+    """PyTorch-BigGraph's configuration, with the files it names, as OUT/recipe.toml, OUT/graph and OUT/run.
+
+    Returns out, num_nodes, num_relations, edges by split, checkpoint (None where there is none), left_out (keys that
+    have no counterpart). Raises DataError.
+    """
+    from puna.graph import pbg
+
+    if out.exists():
+        raise DataError(f"{out} is already there", "Name another folder with --out.")
+    raw = pbg.read_config(config)
+    found = pbg.convert(raw, config)
+    words = [f"--graph.{key}={str(value).lower()}" for key, value in found.settings.items()]
+    words += [f"--data.path={out / 'graph'}", f"--run.dir={out / 'run'}", "--schedule.decay=constant"]
+    loaded = recipes.load("social", words)
+    edges = pbg.splits_of(raw["edge_paths"], root)
+    graph = pbg.import_graph(found, root / raw["entity_path"], edges, out / "graph")
+    write_atomic(out / "recipe.toml", loaded.text.encode())
+    told, folder = None, root / raw["checkpoint_path"]
+    if (folder / "checkpoint_version.txt").is_file():
+        told = pbg.import_checkpoint(found, folder, graph, loaded.recipe.graph, out / "run")
+        write_recipe(loaded, out / "run")
+    return {
+        "out": str(out),
+        "num_nodes": graph.num_nodes,
+        "num_relations": graph.num_relations,
+        "edges": {split: facts["edges"] for split, facts in graph.splits.items()},
+        "checkpoint": told,
+        "left_out": found.left_out,
+    }
 
 
 def write_recipe(loaded: Loaded, run: Path) -> None:

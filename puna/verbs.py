@@ -13,6 +13,13 @@ RECIPE_ARGUMENTS = {"ignore_unknown_options": True}
 recipe_name = click.argument("recipe")
 settings = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key VALUE]...")
 
+memory = click.option("--memory", metavar="SIZE", help="Most memory of a graph run, such as 4GB; partitions follow.")
+
+
+def with_memory(overrides: tuple[str, ...], memory: str | None) -> tuple[str, ...]:
+    """The settings of a command line with what --memory stands for."""
+    return (*overrides, "--graph.memory", memory) if memory else overrides
+
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:
     """As one line of JSON, or a dotted key and its value a line; what is None is left out of the lines."""

@@ -1,5 +1,6 @@
 """Settings of a graph run: the `graph` section of a recipe. Without torch, so that a planner can read them."""
 
+import re
 from typing import Literal
 
 from pydantic import model_validator
@@ -9,10 +10,21 @@ from puna.train.config import Section, setting
 Operator = Literal["none", "translation", "diagonal", "linear", "affine", "complex_diagonal", "rotation"]
 Comparator = Literal["dot", "cos", "l2", "squared_l2"]
 Loss = Literal["ranking", "logistic", "softmax", "self_adversarial"]
-BucketOrder = Literal["random", "affinity", "outside_in", "inside_out"]
+BucketOrder = Literal["random", "affinity", "outside_in", "inside_out", "buffered"]
+Sampling = Literal["uniform", "prevalence"]
 
 PAIRED = ("complex_diagonal", "rotation")
 """Operators that read a vector as real parts, then imaginary parts."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B")
+
+
+def num_bytes(text: str) -> int:
+    """Bytes of a size such as 4GB or 1.5 MiB. Raises ValueError where it is none."""
+    found = _SIZE.fullmatch(text)
+    if not found:
+        raise ValueError(text)
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " "))
 
 
 class GraphConfig(Section):
@@ -60,14 +72,59 @@ class GraphConfig(Section):
     lr: float = setting(0.1, "peak rate of row-wise Adagrad", gt=0)
     relation_lr: float = setting(0.0, "peak rate of the relations' Adagrad; 0: as lr", ge=0)
 
-    num_partitions: int = setting(
-        1, "parts that the nodes of a type are cut into; 2 / num_partitions of the table are in memory at once", ge=1
+    memory: str = setting(
+        "",
+        "most memory of the process, such as 4GB; from it follow num_partitions (where that is 1), held_partitions and "
+        "bucket_order; empty: they are as set",
     )
-    bucket_order: BucketOrder = setting("inside_out", "in which buckets of edges follow each other in an epoch")
+    num_partitions: int = setting(
+        1,
+        "parts that the nodes are cut into; held_partitions / num_partitions of the table are in memory at once",
+        ge=1,
+    )
+    held_partitions: int = setting(
+        2,
+        "partitions in memory at once, those that are read or written while others train included",
+        "partitions",
+        ge=2,
+    )
+    bucket_order: BucketOrder = setting(
+        "inside_out",
+        "in which buckets of edges follow each other in an epoch; buffered: so that a buffer of held_partitions, one "
+        "of them on its way from or to the disk, is filled anew as seldom as can be",
+    )
     num_chunks: int = setting(1, "rounds over all buckets that make an epoch, each with its share of the edges", ge=1)
     patience: int = setting(
         0, "evaluations without a better held-out MRR after which the run ends; 0: it never does", ge=0
     )
+    eval_candidates: int = setting(
+        0, "nodes that held-out edges are ranked among while training, drawn by eval_sampling; 0: all", "nodes", ge=0
+    )
+    eval_sampling: Sampling = setting(
+        "prevalence", "how candidates are drawn: evenly, or as often as nodes occur in training edges"
+    )
+    start: str = setting("", "run whose vectors and relations this one begins with; its graph was added to", "path")
+    freeze: bool = setting(
+        False, "what comes from graph.start stays as it is, and edges without a new node or relation are left out"
+    )
+
+    @model_validator(mode="after")
+    def _memory_is_a_size(self) -> "GraphConfig":
+        if self.memory and not _SIZE.fullmatch(self.memory):
+            raise ValueError(
+                f"graph.memory is {self.memory!r}, which is no size; write a number and a unit, such as 4GB or 512MiB"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_rows_stay(self) -> "GraphConfig":
+        if self.freeze and not self.start:
+            raise ValueError("graph.freeze is set, but there is no graph.start; name the run that it keeps")
+        if self.freeze and self.max_norm:
+            raise ValueError(
+                "graph.freeze is set, but graph.max_norm shortens vectors as they are read; set graph.max_norm to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _pairs(self) -> "GraphConfig":

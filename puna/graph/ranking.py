@@ -6,7 +6,7 @@ Partitions are visited one at a time, so that memory does not grow with the grap
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,23 +16,29 @@ import torch
 
 from puna.console import track
 from puna.graph import operators, scores
+from puna.graph.buckets import partition_rows
 from puna.graph.compiled import kernel
-from puna.graph.config import GraphConfig
+from puna.graph.config import GraphConfig, Sampling
 from puna.graph.graph import Edges, Graph
 from puna.graph.worker import Relations
 
-QUERIES = 1024
-"""Edges that are ranked at once."""
+EVAL_QUERIES, EVAL_NODES = 1024, 1 << 14
+"""Edges that are ranked at once, and nodes that they are ranked among at once."""
+PADDED = 64
+"""Columns of a product come in whole numbers of these, so that all are summed alike."""
 HITS = (1, 3, 10, 50)
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A trained model to read: `view` gives a partition's vectors, relations[0] guesses tails, relations[1] heads."""
+    """A trained model to read; relations[0] guesses tails, relations[1] heads.
+
+    view(partition), view(partition, rows): vectors of a partition, or of a slice of its rows.
+    """
 
     config: GraphConfig
     graph: Graph
-    view: Callable[[int], np.ndarray]
+    view: Callable[..., np.ndarray]
     relations: Sequence[Relations]
 
     @property
@@ -72,16 +78,15 @@ class Ranks:
     edges: Edges
     raw: npt.NDArray[np.float64]
     filtered: npt.NDArray[np.float64]
-    num_raw: int  # nodes that a rank is among
-    num_filtered: npt.NDArray[np.float64]  # (2, N)
+    num_raw: npt.NDArray[np.float64]  # (2, N): nodes that a rank is among
+    num_filtered: npt.NDArray[np.float64]
 
     def figures(self) -> dict[str, Any]:
         """mrr, its 95 % interval (over edges), mr, hits1 .. hits50, auc; filtered and raw."""
-        num_raw = np.full(self.raw.shape, float(self.num_raw))
         return {
             "num_edges": len(self.edges),
             "filtered": summary(self.filtered, self.num_filtered),
-            "raw": summary(self.raw, num_raw),
+            "raw": summary(self.raw, self.num_raw),
         }
 
     def by_relation(self, names: Sequence[str]) -> list[dict[str, Any]]:
@@ -112,74 +117,152 @@ def summary(ranks: npt.NDArray[np.float64], among: npt.NDArray[np.float64]) -> d
     }
 
 
-def rank(scorer: Scorer, edges: Edges) -> Ranks:
-    """Rank every edge's tail and head among all nodes of the graph."""
+def draw_candidates(graph: Graph, count: int, sampling: Sampling, seed: int = 0) -> npt.NDArray[np.int64]:
+    """Nodes to rank among instead of all: (2, count), sorted, those for tails and those for heads; drawn with
+    replacement, a function of the graph and the seed alone.
+
+    sampling: uniform, or prevalence: as often as nodes are tails (heads) of training edges.
+    """
+    rng = np.random.default_rng([seed, count])
+    if sampling == "uniform":
+        return np.sort(rng.integers(graph.num_nodes, size=(2, count)), axis=1)
+    edges = graph.edges("train")
+    places = np.sort(rng.integers(len(edges), size=(2, count)), axis=1)
+    drawn = np.stack([edges.tails[places[0]], edges.heads[places[1]]]).astype(np.int64)
+    return np.sort(drawn, axis=1)
+
+
+def rank(scorer: Scorer, edges: Edges, candidates: npt.NDArray[np.int64] | None = None) -> Ranks:
+    """Rank every edge's tail and head among all nodes of the graph, or among candidates of `draw_candidates`.
+
+    A candidate that is the true node itself counts neither for nor against it; one that is drawn twice counts twice.
+    """
     num_edges, graph = len(edges), scorer.graph
-    counts = np.zeros((2, num_edges, 4), np.int64)  # higher, same, of the known: higher, same
-    num_known = np.zeros((2, num_edges), np.int64)
+    counts = np.zeros((2, num_edges, 6), np.int64)
     order = np.arange(num_edges)
     if not scorer.config.reciprocal:
         order = np.argsort(edges.relations, kind="stable")
     knowns = [Known(graph, edges, side) for side in range(2)]
+    fields: list[_Nodes | _Drawn] = [_Nodes(scorer), _Nodes(scorer)]
+    if candidates is not None:
+        fields = [_Drawn(scorer, drawn) for drawn in candidates]
     for rows in track(list(_blocks(edges, order, scorer.config.reciprocal)), "ranking"):
         block = edges.take(rows)
         for side in range(2):
-            counts[side, rows] = _count_block(scorer, block, side, knowns[side], rows)
-    for side in range(2):
-        num_known[side] = knowns[side].sizes()
-    higher, same, known_higher, known_same = (counts[..., n] for n in range(4))
+            counts[side, rows] = _count_block(scorer, block, side, knowns[side], rows, fields[side])
+    higher, same, known_higher, known_same, own, num_known = (counts[..., n] for n in range(6))
+    among = graph.num_nodes - own if candidates is None else candidates.shape[1] - own
+    if candidates is None:
+        num_known = np.stack([known.sizes() for known in knowns])
     raw = 1 + higher + same / 2
     filtered = 1 + higher - known_higher + (same - known_same) / 2
-    return Ranks(edges, raw, filtered, graph.num_nodes, graph.num_nodes - num_known.astype(float))
+    num_raw = (among + 1).astype(np.float64)
+    return Ranks(edges, raw, filtered, num_raw, num_raw - num_known)
 
 
 def _blocks(edges: Edges, order: npt.NDArray[Any], mixed: bool) -> Any:
     """Rows of edges, so many at a time; of one relation each where a relation acts on the candidates."""
     if mixed:
-        cuts = np.arange(QUERIES, len(order), QUERIES)
+        cuts = np.arange(EVAL_QUERIES, len(order), EVAL_QUERIES)
         return np.split(order, cuts)
     relations = edges.relations[order]
     starts = [0, *(np.flatnonzero(np.diff(relations)) + 1).tolist(), len(order)]
     return [
-        order[s : min(s + QUERIES, end)]
+        order[s : min(s + EVAL_QUERIES, end)]
         for start, end in itertools.pairwise(starts)
-        for s in range(start, end, QUERIES)
+        for s in range(start, end, EVAL_QUERIES)
     ]
 
 
-def _count_block(scorer: Scorer, edges: Edges, side: int, known: "Known", rows: npt.NDArray[Any]) -> Any:
-    """side: 0 where tails are guessed, 1 heads. (N, 4) counts as in `rank`."""
-    config, parts = scorer.config, scorer.config.num_partitions
+@dataclass(frozen=True)
+class _Turned:
+    """How a side's candidates become what its anchors are compared with: under `relation`, where it acts on them."""
+
+    scorer: Scorer
+    relation: int | None
+
+    def __call__(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if self.relation is not None:
+            vectors = self.scorer.turned(0, vectors, np.full(len(vectors), self.relation))
+        return self.scorer.prepared(vectors)
+
+    def scores(self, anchors: npt.NDArray[np.float32], facts: Any, vectors: Any) -> npt.NDArray[np.float32]:
+        """Scores of all anchors with all of these nodes, (N, M), and behind them columns that mean nothing."""
+        candidates = self(np.pad(vectors, ((0, -len(vectors) % PADDED), (0, 0)), mode="edge"))
+        found = (torch.from_numpy(anchors) @ _tensor(candidates).T).numpy()
+        _to_scores(*self.scorer.kinds, found, facts, _facts(self.scorer, candidates))
+        return found
+
+
+class _Nodes:
+    """All nodes, some of a partition at a time."""
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.scorer, self.parts = scorer, scorer.config.num_partitions
+
+    def count(
+        self, turned: _Turned, anchors: Any, facts: Any, true: Any, starts: Any, ends: Any, known: Any, counts: Any
+    ) -> None:
+        """Add to `counts` (N, 6). A true node's score is that of the very product it stands in among the others, so
+        that ties are ties: where a product of its own was another in the last bit, the nodes are gone through again."""
+        own_vectors = self.scorer.vectors(true)
+        positives = np.diagonal(turned.scores(anchors, facts, own_vectors)).copy()
+        for _ in range(2):
+            seen = positives.copy()
+            counts[:] = 0
+            counts[:, 4] = 1
+            for part, start, vectors in self._pieces():
+                values = turned.scores(anchors, facts, vectors)
+                first = part + start * self.parts
+                place, off = np.divmod(true - first, self.parts)
+                here = np.flatnonzero((off == 0) & (place >= 0) & (place < len(vectors)))
+                seen[here] = values[here, place[here]]
+                _count(values, len(vectors), positives, true, first, self.parts, starts, ends, known, counts)
+            if np.array_equal(seen, positives):
+                return
+            positives = seen
+
+    def _pieces(self) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
+        for part in range(self.parts):
+            rows = partition_rows(self.scorer.graph.num_nodes, self.parts, part)
+            for start in range(0, rows, EVAL_NODES):
+                yield part, start, np.ascontiguousarray(self.scorer.view(part, slice(start, start + EVAL_NODES)))
+
+
+class _Drawn:
+    """Drawn candidates: their vectors stay in memory."""
+
+    def __init__(self, scorer: Scorer, nodes: npt.NDArray[np.int64]) -> None:
+        self.scorer, self.nodes = scorer, nodes
+        self.vectors = scorer.vectors(nodes)
+
+    def count(
+        self, turned: _Turned, anchors: Any, facts: Any, true: Any, starts: Any, ends: Any, known: Any, counts: Any
+    ) -> None:
+        """Add to `counts` (N, 6). True nodes stand behind the candidates in one product, so that ties are ties."""
+        vectors = np.concatenate([self.vectors, self.scorer.vectors(true)])
+        values = turned.scores(anchors, facts, vectors)
+        size = len(self.nodes)
+        positives = values[np.arange(len(true)), size + np.arange(len(true))]
+        _count_drawn(values, positives, true, self.nodes, starts, ends, known, counts)
+
+
+def _count_block(
+    scorer: Scorer, edges: Edges, side: int, known: "Known", rows: npt.NDArray[Any], field: "_Nodes | _Drawn"
+) -> Any:
+    """side: 0 where tails are guessed, 1 heads. (N, 6): nodes that score higher, that score the same, those of them
+    that are known (higher, same), candidates that are the true node, other candidates that are known."""
+    config = scorer.config
     given, true = (edges.heads, edges.tails) if side == 0 else (edges.tails, edges.heads)
     turns_candidates = not config.reciprocal and side == 0
     vectors = scorer.vectors(np.asarray(given))
     anchors = vectors if turns_candidates else scorer.turned(side if config.reciprocal else 0, vectors, edges.relations)
     anchors = scorer.prepared(anchors)
-    true = np.asarray(true)
-    facts, positives = _facts(scorer, anchors), np.empty(len(edges), np.float32)
-    counts = np.zeros((len(edges), 4), np.int64)
-
-    def score_part(part: int, rows: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Scores of some anchors with a partition's nodes."""
-        candidates = scorer.view(part)
-        if turns_candidates:
-            candidates = scorer.turned(0, candidates, np.full(len(candidates), edges.relations[0]))
-        candidates = scorer.prepared(candidates)
-        found = (torch.from_numpy(anchors[rows]) @ _tensor(candidates).T).numpy()
-        _to_scores(*scorer.kinds, found, np.ascontiguousarray(facts[:, rows]), _facts(scorer, candidates))
-        return found
-
-    everyone, found = np.arange(len(edges)), None
-    for part in range(
-        parts
-    ):  # the true node's score comes from the same kind of product as the others', so ties are ties
-        own = np.flatnonzero(true % parts == part)
-        if len(own):
-            found = score_part(part, own)
-            positives[own] = found[np.arange(len(own)), true[own] // parts]
-    for part in range(parts):
-        values = found if parts == 1 else score_part(part, everyone)
-        _count(values, positives, true, part, parts, known.offsets[rows], known.offsets[rows + 1], known.nodes, counts)
+    turned = _Turned(scorer, int(edges.relations[0]) if turns_candidates else None)
+    counts = np.zeros((len(edges), 6), np.int64)
+    true = np.asarray(true).astype(np.int64)
+    spans = known.offsets[rows], known.offsets[rows + 1], known.nodes
+    field.count(turned, anchors, _facts(scorer, anchors), true, *spans, counts)
     return counts
 
 
@@ -204,15 +287,15 @@ def _to_scores(code: int, bias: int, products: Any, anchors: Any, candidates: An
 
 @kernel
 def _count(
-    values: Any, positives: Any, true: Any, part: int, parts: int, starts: Any, ends: Any, known: Any, counts: Any
-) -> None:
-    """Add what one partition's scores (N, M) come to. A node is not counted against itself."""
-    num_rows, num_nodes = values.shape
-    for i in range(num_rows):
+    values: Any, num_nodes: int, positives: Any, true: Any, first: int, step: int, starts: Any, ends: Any, known: Any,
+    counts: Any,
+) -> None:  # fmt: skip
+    """Add what scores (N, num_nodes) of nodes first, first + step, .. come to. A node is not counted against itself."""
+    for i in range(values.shape[0]):
         row = values[i]
         positive = positives[i]
-        if true[i] % parts == part:
-            row[true[i] // parts] = -np.inf
+        if (true[i] - first) % step == 0 and 0 <= (true[i] - first) // step < num_nodes:
+            row[(true[i] - first) // step] = -np.inf
         higher, same = 0, 0
         for j in range(num_nodes):
             higher += 1 if row[j] > positive else 0
@@ -221,9 +304,37 @@ def _count(
         counts[i, 1] += same
         for at in range(starts[i], ends[i]):
             node = known[at]
-            if node % parts == part:
-                counts[i, 2] += 1 if row[node // parts] > positive else 0
-                counts[i, 3] += 1 if row[node // parts] == positive else 0
+            if (node - first) % step == 0 and 0 <= (node - first) // step < num_nodes:
+                counts[i, 2] += 1 if row[(node - first) // step] > positive else 0
+                counts[i, 3] += 1 if row[(node - first) // step] == positive else 0
+
+
+@kernel
+def _count_drawn(
+    values: Any, positives: Any, true: Any, nodes: Any, starts: Any, ends: Any, known: Any, counts: Any
+) -> None:
+    """The same for drawn nodes, sorted, in the first columns of the scores."""
+    for i in range(values.shape[0]):
+        row = values[i]
+        positive = positives[i]
+        low, high = np.searchsorted(nodes, true[i]), np.searchsorted(nodes, true[i] + 1)
+        for j in range(low, high):
+            row[j] = -np.inf
+        counts[i, 4] += high - low
+        higher, same = 0, 0
+        for j in range(nodes.shape[0]):
+            higher += 1 if row[j] > positive else 0
+            same += 1 if row[j] == positive else 0
+        counts[i, 0] += higher
+        counts[i, 1] += same
+        for at in range(starts[i], ends[i]):
+            if known[at] == true[i]:
+                continue
+            low, high = np.searchsorted(nodes, known[at]), np.searchsorted(nodes, known[at] + 1)
+            counts[i, 5] += high - low
+            for j in range(low, high):
+                counts[i, 2] += 1 if row[j] > positive else 0
+                counts[i, 3] += 1 if row[j] == positive else 0
 
 
 class Known:
@@ -234,7 +345,7 @@ class Known:
         wanted, which = np.unique(_query(graph, edges, side), return_inverse=True)
         found = []
         for split in graph.splits:
-            for piece in graph.edges(split).pieces():
+            for piece in graph.pieces(split):
                 query = _query(graph, piece, side)
                 place = np.minimum(np.searchsorted(wanted, query), len(wanted) - 1)
                 hit = wanted[place] == query

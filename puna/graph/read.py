@@ -46,10 +46,17 @@ class Rows:
     path: Path
     first: int
     columns: Sequence[Column]
+    are_lines: bool = True
+
+    def __len__(self) -> int:
+        return len(self.columns[0].starts)
 
     def place(self, row: int) -> str:
-        """Where a row is, for a message. Blank lines before it in its batch are not counted."""
-        return f"{self.path}, line {self.first + row:,}"
+        """Where a row is, for a message."""
+        if not self.are_lines:
+            return f"{self.path}, row {self.first + row:,}"
+        before = self.columns[0].data[: self.columns[0].starts[row]]
+        return f"{self.path}, line {self.first + int((before == NEWLINE).sum()):,}"
 
 
 def read(path: Path, num_columns: int, delimiter: str | None = None, header: bool = False) -> Iterator[Rows]:
@@ -78,7 +85,7 @@ def _text(path: Path, num_columns: int, separator: str, header: bool) -> Iterato
         if header:
             file.readline()
             line = 2
-        for block in _blocks(file):
+        for block in blocks(file):
             mark = separator
             if separator == "," and b'"' in block:
                 block, mark = _unquoted(path, line, block), SEPARATOR
@@ -102,7 +109,7 @@ def open_file(path: Path) -> Any:
     return OPENERS.get(path.suffix, open)(path, "rb")
 
 
-def _blocks(file: IO[bytes]) -> Iterator[bytes]:
+def blocks(file: IO[bytes]) -> Iterator[bytes]:
     """Whole lines, some megabytes at a time; the last one ends in a newline too."""
     rest = b""
     while data := file.read(BLOCK_BYTES):
@@ -112,6 +119,13 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
         rest = after
     if rest:
         yield rest + b"\n"
+
+
+def column_of_lines(block: bytes) -> Column:
+    """Whole lines as one column."""
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == NEWLINE)
+    return Column(data, np.concatenate([[0], ends[:-1] + 1]), ends)
 
 
 def _unquoted(path: Path, line: int, block: bytes) -> bytes:
@@ -181,7 +195,7 @@ def _parquet(path: Path, num_columns: int) -> Iterator[Rows]:
                 row = values.is_null().to_numpy(zero_copy_only=False).argmax()
                 raise DataError(f"{path}, row {first + row:,}: {name} is empty", "Leave such rows out.")
             columns.append(_strings(values.cast(pa.large_string())))
-        yield Rows(path, first, columns)
+        yield Rows(path, first, columns, are_lines=False)
         first += batch.num_rows
 
 

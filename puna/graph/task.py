@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from puna.errors import NonFinite
-from puna.graph import operators
-from puna.graph.buckets import Bucket, Buckets, num_swaps, order_buckets
-from puna.graph.config import GraphConfig
+from puna.errors import NonFinite, RecipeError
+from puna.graph import budget, operators
+from puna.graph.buckets import Bucket, Buckets, order_buckets
+from puna.graph.config import GraphConfig, num_bytes
 from puna.graph.graph import Edges, Graph
-from puna.graph.partitions import HELD, Table, memory_bytes
+from puna.graph.growing import Start
+from puna.graph.partitions import Table
 from puna.graph.questions import Questions, QuestionWorker, cut
-from puna.graph.ranking import Scorer, rank
+from puna.graph.ranking import Scorer, draw_candidates, rank
 from puna.graph.worker import Part, Rates, Relations, Worker
 from puna.train.config import ScheduleConfig, TrainConfig
 from puna.train.schedule import Schedule
@@ -37,6 +38,7 @@ class Unit:
     epoch: int
     chunk: int
     bucket: Bucket
+    place: int  # in its round, among the buckets that have edges
     tokens: int  # edges trained before it
 
 
@@ -63,36 +65,43 @@ class GraphTask(Task):
         seed: int = 0,
         num_threads: int = 0,
         eval_edges: int = 0,
+        start: Start | None = None,
     ) -> None:
-        """num_threads: workers; 0: one a core. eval_edges: held-out edges of an evaluation."""
+        """num_threads: workers; 0: one a core. eval_edges: held-out edges of an evaluation. start: what it begins with.
+
+        Raises DataError (see `Buckets.open`), and RecipeError where the largest bucket does not fit graph.memory.
+        """
         self.config, self.graph, self.seed, self.eval_edges = config, graph, seed, eval_edges
         self.num_workers = num_workers(num_threads)
-        self.buckets = Buckets.open(graph, "train", config.num_partitions)
+        known = (start.num_nodes, start.num_relations) if start and config.freeze else None
+        self.buckets = Buckets.open(graph, "train", config.num_partitions, known)
         self.total = config.epochs * int(self.buckets.offsets[-1])
         self.schedule = Schedule(schedule, TrainConfig(tokens=self.total))
-        self.table = Table(run, config, graph.num_nodes, key_of(seed, "nodes"))
+        self.plan = self._plan()
+        self.table = Table(run, config, graph.num_nodes, key_of(seed, "nodes"), start)
         self.relations = fresh_relations(config, graph.num_relations)
+        if start:
+            start.fill_relations(self.relations)
         self.best: dict[str, Any] = {"mrr": -1.0, "waited": 0}
         self._workers: list[Any] = []  # Worker, or QuestionWorker where the settings allow it
+        self._paths: dict[tuple[int, int], list[Bucket]] = {}
 
     def units(self, cursor: Cursor) -> Iterator[Unit]:
         """Buckets that hold edges, epoch by epoch; ends early where the held-out MRR no longer rises (patience)."""
         index, tokens = 0, 0
         for epoch, chunk in itertools.product(range(self.config.epochs), range(self.config.num_chunks)):
-            for bucket in self._order(epoch, chunk):
-                start, end = self._share(bucket, chunk)
-                if start == end:
-                    continue
+            for place, bucket in enumerate(self._path(epoch, chunk)):
                 if self.config.patience and self.best["waited"] >= self.config.patience:
                     return
                 if index >= cursor.units:
-                    yield Unit(index, epoch, chunk, bucket, tokens)
+                    yield Unit(index, epoch, chunk, bucket, place, tokens)
+                start, end = self._share(bucket, chunk)
                 index, tokens = index + 1, tokens + end - start
 
     def step(self, unit: Unit) -> StepReport:
         """Train on a bucket. Raises NonFinite; partitions on disk are then as the last checkpoint has them."""
-        began = time.perf_counter()
-        head_part, tail_part = self.table.take(dict.fromkeys(unit.bucket)) * (1 + (unit.bucket[0] == unit.bucket[1]))
+        began, reads = time.perf_counter(), self.table.num_reads
+        head_part, tail_part = self.table.take(self._ahead(unit), unit.place)
         edges = self._edges(unit)
         read_s = time.perf_counter() - began
         loss = self._train(unit, edges, head_part, tail_part)
@@ -102,7 +111,8 @@ class GraphTask(Task):
                 "lower graph.lr, or raise graph.n3 or set graph.max_norm. The newest checkpoint is as it was"
             )
         metrics = {"lr": self.config.lr * self.schedule.learning_rate(unit.tokens), "epoch": float(unit.epoch + 1)}
-        return StepReport(loss / len(edges), len(edges), len(edges), metrics | {"swap_s": read_s})
+        metrics |= {"swap_s": read_s, "swaps": float(self.table.num_reads - reads)}
+        return StepReport(loss / len(edges), len(edges), len(edges), metrics)
 
     def state(self) -> State:
         """Vectors and Adagrad sums as rows; relations as tensors; the best held-out MRR."""
@@ -112,7 +122,10 @@ class GraphTask(Task):
         return state | {"best": Json(lambda: self.best, self._set_best)}
 
     def evaluate(self, split: str) -> dict[str, float]:
-        """Filtered ranks of `eval_edges` edges of the graph's valid split against all nodes; none without it."""
+        """Filtered ranks of `eval_edges` edges of the graph's valid split; none without it.
+
+        Among all nodes, or `eval_candidates` drawn ones.
+        """
         if "valid" not in self.graph.splits or not self.eval_edges:
             return {}
         edges = self.graph.edges("valid")
@@ -122,7 +135,10 @@ class GraphTask(Task):
             )
             edges = edges.take(np.sort(chosen))
         torch.set_num_threads(self.num_workers)
-        figures = rank(self.scorer(), edges).figures()["filtered"]
+        count, candidates = self.config.eval_candidates, None
+        if count:
+            candidates = draw_candidates(self.graph, count, self.config.eval_sampling, self.seed)
+        figures = rank(self.scorer(), edges, candidates).figures()["filtered"]
         self.best["waited"] += 1
         if figures["mrr"] > self.best["mrr"]:
             self.best.update(mrr=figures["mrr"], waited=0)
@@ -130,19 +146,12 @@ class GraphTask(Task):
 
     def describe(self) -> dict[str, Any]:
         """Sizes, memory by the formula, swaps of an epoch by its order."""
-        order = self._order(0, 0)
         config = self.config
         width = config.num_batch_negs + config.num_uniform_negs + config.num_prevalence_negs
         facts = {
             "num_parameters": self.graph.num_nodes * config.dim + sum(side.table.size for side in self.relations),
-            "num_nodes": self.graph.num_nodes,
-            "num_relations": self.graph.num_relations,
-            "num_workers": self.num_workers,
-            "held_partitions": min(HELD, config.num_partitions),
-            "swaps_per_epoch": config.num_chunks * num_swaps(order, HELD),
-            "table_bytes": memory_bytes(
-                config, self.graph.num_nodes, int(np.diff(self.buckets.offsets).max()), self.num_workers
-            ),
+            **self.plan,
+            "version": self.graph.version,
             "flops_per_token": 0 if config.all_negs else 12 * width * config.dim,
         }
         return facts | ({} if config.patience else {"total_tokens": self.total})
@@ -151,9 +160,35 @@ class GraphTask(Task):
         """What ranks and neighbours are computed from: the tables as they are now."""
         return Scorer(self.config, self.graph, self.table.view, self.relations)
 
-    def _order(self, epoch: int, chunk: int) -> list[Bucket]:
-        rng = np.random.default_rng(key_of(self.seed, "order", epoch, chunk))
-        return order_buckets(self.config.bucket_order, self.config.num_partitions, rng)
+    def _plan(self) -> dict[str, Any]:
+        """What memory and disk will see. Raises RecipeError where that is more than graph.memory."""
+        largest = int(np.diff(self.buckets.offsets).max())
+        sizes = budget.Sizes.of(self.graph, largest)
+        told = budget.plan(self.config, sizes, self.num_workers, self.eval_edges > 0)
+        if self.config.memory and told["memory"]["total"] > num_bytes(self.config.memory):
+            raise RecipeError(
+                f"graph.memory is {self.config.memory}, but the largest bucket has {largest:,} edges, and with it "
+                f"{told['memory']['total'] / 1e6:,.0f} MB are needed",
+                f"Give more memory, or more than {self.config.num_partitions} partitions (graph.num_partitions).",
+            )
+        return told
+
+    def _path(self, epoch: int, chunk: int) -> list[Bucket]:
+        """A round's buckets that have edges, in its order."""
+        if (epoch, chunk) not in self._paths:
+            if len(self._paths) > 2:
+                self._paths.clear()
+            config, rng = self.config, np.random.default_rng(key_of(self.seed, "order", epoch, chunk))
+            order = order_buckets(config.bucket_order, config.num_partitions, rng, config.held_partitions)
+            self._paths[epoch, chunk] = [bucket for bucket in order if len(range(*self._share(bucket, chunk)))]
+        return self._paths[epoch, chunk]
+
+    def _ahead(self, unit: Unit) -> list[Bucket]:
+        """The unit's round, and the one after it, if any is: what decides which partitions stay in memory."""
+        after = unit.epoch * self.config.num_chunks + unit.chunk + 1
+        if after == self.config.epochs * self.config.num_chunks:
+            return self._path(unit.epoch, unit.chunk)
+        return self._path(unit.epoch, unit.chunk) + self._path(*divmod(after, self.config.num_chunks))
 
     def _share(self, bucket: Bucket, chunk: int) -> tuple[int, int]:
         """Where a round's share of a bucket begins and ends in the bucket's order."""
@@ -161,9 +196,15 @@ class GraphTask(Task):
         return chunk * size // self.config.num_chunks, (chunk + 1) * size // self.config.num_chunks
 
     def _edges(self, unit: Unit) -> Edges:
-        edges = self.buckets.rows(unit.bucket)
-        order = np.random.default_rng(key_of(self.seed, "edges", unit.epoch, unit.bucket)).permutation(len(edges))
-        return edges.take(order[slice(*self._share(unit.bucket, unit.chunk))])
+        """A unit's edges, shuffled; where a relation has one operator, those of a relation stand together."""
+        rng = np.random.default_rng(key_of(self.seed, "edges", unit.epoch, unit.bucket))
+        order = np.arange(self.buckets.size(unit.bucket), dtype=np.int32)
+        rng.shuffle(order)
+        order = order[slice(*self._share(unit.bucket, unit.chunk))]
+        if not self.config.reciprocal:
+            relations = self.buckets.column(unit.bucket, "relations")
+            order = order[np.argsort(relations[order], kind="stable")]
+        return self.buckets.rows(unit.bucket, order)
 
     def _batches(self, unit: Unit, edges: Edges) -> list[Edges] | list[Questions]:
         size = self.config.batch_edges
@@ -171,7 +212,6 @@ class GraphTask(Task):
             return cut(edges, size, np.random.default_rng(key_of(self.seed, "batches", unit.index)))
         if self.config.reciprocal:
             return [edges.take(slice(start, start + size)) for start in range(0, len(edges), size)]
-        edges = edges.take(np.argsort(edges.relations, kind="stable"))
         starts = [0, *(np.flatnonzero(np.diff(edges.relations)) + 1).tolist(), len(edges)]
         pieces = [(s, min(s + size, end)) for start, end in itertools.pairwise(starts) for s in range(start, end, size)]
         order = np.random.default_rng(key_of(self.seed, "batches", unit.index)).permutation(len(pieces))
@@ -183,6 +223,7 @@ class GraphTask(Task):
             rows = self.table.rows(0)
             kind = QuestionWorker if self.config.by_question else Worker
             self._workers = [kind(self.config, self.graph.num_relations, rows) for _ in range(self.num_workers)]
+            self._pool = ThreadPoolExecutor(self.num_workers, "worker")
         batches = self._batches(unit, edges)
         todo, lock = iter(range(len(batches))), threading.Lock()
         losses = [0.0] * len(batches)
@@ -202,8 +243,7 @@ class GraphTask(Task):
         if self.num_workers == 1:
             work(self._workers[0])
         else:
-            with ThreadPoolExecutor(self.num_workers) as pool:
-                list(pool.map(work, self._workers))
+            list(self._pool.map(work, self._workers))
         return math.fsum(losses)
 
     def _rates(self, tokens: int) -> Rates:

@@ -1,9 +1,10 @@
-"""A trained run, read again: ranks on a split, exported tables, nearest nodes."""
+"""A trained run, read again: ranks on a split, exported tables, nearest nodes, a beginning for another run."""
 
 import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -11,18 +12,23 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.console import track
-from puna.errors import DataError
+from puna.errors import CheckpointError, DataError, RecipeError
 from puna.graph import scores
-from puna.graph.config import GraphConfig
+from puna.graph.config import GraphConfig, Sampling
 from puna.graph.graph import Graph
+from puna.graph.growing import Start
+from puna.graph.names import names_of, number_of, stream_names
 from puna.graph.partitions import Table
-from puna.graph.ranking import Scorer, rank
+from puna.graph.ranking import EVAL_NODES, Scorer, draw_candidates, rank
 from puna.graph.task import fresh_relations, relation_tensors
 from puna.train import checkpoint
+from puna.train.metrics import read_events
 from puna.train.task import Json, Rows, State, Tensors
 
 TSV_ROWS = 1 << 16
-FORMS = ("tsv", "parquet", "npy")
+FORMS = ("tsv", "parquet", "npy", "pbg")
+SHAPES = ("dim", "operator", "reciprocal")
+"""Settings in which a run and the one that it begins with agree."""
 
 
 def load(run: Path, config: GraphConfig, graph: Graph, step: int | None = None) -> tuple[Scorer, int]:
@@ -30,6 +36,11 @@ def load(run: Path, config: GraphConfig, graph: Graph, step: int | None = None) 
 
     Raises CheckpointError: none there, damaged, or of another shape; DataError: the graph has other nodes.
     """
+    scorer, _, step = _load(run, config, graph, step)
+    return scorer, step
+
+
+def _load(run: Path, config: GraphConfig, graph: Graph, step: int | None) -> tuple[Scorer, Table, int]:
     table = Table(run, config, graph.num_nodes, key=0)
     relations = fresh_relations(config, graph.num_relations)
     state: State = {
@@ -46,31 +57,73 @@ def load(run: Path, config: GraphConfig, graph: Graph, step: int | None = None) 
             f"{run} has vectors of {held:,} nodes, but {graph.folder} has {graph.num_nodes:,}",
             "Name the graph that it was trained on with --data, or train until every partition was visited.",
         )
-    return Scorer(config, graph, table.view, relations), manifest.cursor.units
+    return Scorer(config, graph, table.view, relations), table, manifest.cursor.units
 
 
-def evaluate(scorer: Scorer, split: str, limit: int = 0, by_relation: bool = False) -> dict[str, Any]:
-    """Ranks of a split's edges, or the first `limit`: num_edges, filtered, raw, and (by_relation) relations."""
+def begin_with(run: Path, theirs: GraphConfig, ours: GraphConfig, graph: Graph) -> Start:
+    """What a run by `ours` on `graph` begins with: the newest checkpoint of a run by `theirs` on it, or on a graph that
+    it was added to.
+
+    Raises RecipeError (their vectors have another form), DataError (their graph is none that this one grew from),
+    CheckpointError.
+    """
+    here, there = ours.model_dump(), theirs.model_dump()
+    for key in SHAPES:
+        if here[key] != there[key]:
+            raise RecipeError(
+                f"graph.{key} is {here[key]!r}, but {there[key]!r} in {run}, which graph.start names",
+                f"Set graph.{key} to that.",
+            )
+    begun = [event for event in read_events(run) if event["event"] == "start"]
+    if not begun:
+        raise CheckpointError(f"{run} has no record of a start", "Name a run that `puna train` has made.")
+    version = begun[-1].get("version")
+    if version not in (graph.version, *graph.added_to):
+        raise DataError(
+            f"the nodes of {graph.folder} do not go on from those that {run} was trained on",
+            "Make the graph with `puna graph import --add` and the graph of that run.",
+        )
+    known = replace(graph, num_nodes=version["num_nodes"], num_relations=version["num_relations"])
+    scorer, table, _ = _load(run, theirs, known, None)
+    return Start(scorer, lambda part: table.sums.read(str(part), mapped=True), ours.freeze)
+
+
+def evaluate(
+    scorer: Scorer,
+    split: str,
+    limit: int = 0,
+    by_relation: bool = False,
+    candidates: int = 0,
+    sampling: Sampling = "prevalence",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Ranks of a split's edges, or the first `limit`: num_edges, filtered, raw, and (by_relation) relations.
+
+    candidates: rank among so many drawn nodes instead of all (see `draw_candidates`).
+    """
     edges = scorer.graph.edges(split)
     if not len(edges):
         raise DataError(f"the split {split} of {scorer.graph.folder} has no edge", "Evaluate another split.")
-    ranks = rank(scorer, edges.take(slice(limit or len(edges))))
+    drawn = draw_candidates(scorer.graph, candidates, sampling, seed) if candidates else None
+    ranks = rank(scorer, edges.take(slice(limit or len(edges))), drawn)
     relations = {"relations": ranks.by_relation(scorer.graph.relation_names())} if by_relation else {}
-    return ranks.figures() | relations
+    among = {"candidates": candidates, "sampling": sampling, "seed": seed} if candidates else {}
+    return among | ranks.figures() | relations
 
 
 def export(scorer: Scorer, out: Path, form: str) -> dict[str, Any]:
-    """Write vectors and relation parameters to the new folder `out`; form: tsv, parquet or npy.
+    """Write vectors and relation parameters to the new folder `out`; form: tsv, parquet, npy or pbg.
 
     tsv: nodes.tsv (name, then numbers) and relations.tsv (name, side, operator, then numbers). npy: nodes.npy (in the
-    order of nodes.txt), relations.SIDE.npy, the names beside them. Returns out, form, num_nodes, num_relations, bytes.
+    order of nodes.txt), relations.SIDE.npy, the names beside them. pbg: PyTorch-BigGraph's files.
+    Returns out, form, num_nodes, num_relations, bytes.
     """
     if out.exists():
         raise DataError(f"{out} is already there", "Name another folder with --out.")
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    write: dict[str, Callable[[Scorer, Path], None]] = {"tsv": _tsv, "parquet": _parquet, "npy": _npy}
+    write: dict[str, Callable[[Scorer, Path], None]] = {"tsv": _tsv, "parquet": _parquet, "npy": _npy, "pbg": _pbg}
     write[form](scorer, partial)
     os.replace(partial, out)
     return {
@@ -78,28 +131,29 @@ def export(scorer: Scorer, out: Path, form: str) -> dict[str, Any]:
         "form": form,
         "num_nodes": scorer.graph.num_nodes,
         "num_relations": scorer.graph.num_relations,
-        "bytes": sum(path.stat().st_size for path in out.iterdir()),
+        "bytes": sum(path.stat().st_size for path in out.rglob("*") if path.is_file()),
     }
 
 
 def neighbors(scorer: Scorer, name: str, count: int) -> dict[str, Any]:
     """The `count` nodes whose vectors score highest with the node `name` by the comparator (a dot is made a cosine)."""
     graph = scorer.graph
-    names = graph.names()
-    if name not in names:
+    number = number_of(graph.folder / "nodes.txt", name)
+    if number < 0:
         raise DataError(f"{graph.folder} has no node named {name!r}", "Names are as in its nodes.txt.")
-    number = names.index(name)
     comparator = "cos" if scorer.config.comparator == "dot" else scorer.config.comparator
     code, parts = scores.CODES[comparator], scorer.config.num_partitions
     own = _prepared(code, scorer.vectors(np.array([number])))
     best: list[tuple[float, int]] = []
-    for part in range(parts):
-        candidates = _prepared(code, scorer.view(part))
+    rows = [(part, start) for part in range(parts) for start in range(0, len(scorer.view(part)), EVAL_NODES)]
+    for part, start in rows:
+        candidates = _prepared(code, scorer.view(part, slice(start, start + EVAL_NODES)))
         values = np.empty(len(candidates), np.float32)
         scores.score_pairs(code, 0, np.broadcast_to(own, candidates.shape).copy(), candidates, values)
         top = np.argpartition(-values, min(count, len(values) - 1))[: count + 1]
-        best += [(float(values[row]), int(row) * parts + part) for row in top]
+        best += [(float(values[row]), (start + int(row)) * parts + part) for row in top]
     found = [(value, node) for value, node in sorted(best, reverse=True) if node != number][:count]
+    names = names_of(graph.folder / "nodes.txt", [node for _, node in found])
     return {"node": name, "comparator": comparator, "neighbors": [{"name": names[n], "score": v} for v, n in found]}
 
 
@@ -111,10 +165,11 @@ def _prepared(code: int, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.flo
 
 def _nodes(scorer: Scorer) -> Iterator[tuple[list[str], npt.NDArray[np.float32]]]:
     """Names and vectors in the order of their numbers, some at a time."""
-    names = scorer.graph.names()
-    for start in track(range(0, len(names), TSV_ROWS), "exporting"):
-        numbers = np.arange(start, min(start + TSV_ROWS, len(names)))
-        yield names[start : start + TSV_ROWS], scorer.vectors(numbers)
+    start, graph = 0, scorer.graph
+    pieces = stream_names(graph.folder / "nodes.txt", TSV_ROWS)
+    for names in track(pieces, "exporting", -(-graph.num_nodes // TSV_ROWS)):
+        yield names, scorer.vectors(np.arange(start, start + len(names)))
+        start += len(names)
 
 
 def _sides(scorer: Scorer) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
@@ -164,6 +219,12 @@ def _npy(scorer: Scorer, out: Path) -> None:
         np.save(out / f"relations.{side}.npy", table)
     for name in ("nodes.txt", "relations.txt"):
         shutil.copyfile(scorer.graph.folder / name, out / name)
+
+
+def _pbg(scorer: Scorer, out: Path) -> None:
+    from puna.graph import pbg
+
+    pbg.export(scorer, out)
 
 
 def _text(path: Path) -> IO[str]:

@@ -40,15 +40,23 @@ class RowStore:
         path = self.folder / self._current[partition].file
         return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
 
-    def write(self, partition: str, rows: npt.NDArray[Any]) -> None:
-        """Make `rows` the partition's current version; on disk for good when this returns."""
+    def write(self, partition: str, rows: npt.NDArray[Any], *, synced: bool = True) -> None:
+        """Make `rows` the partition's current version; on disk for good when this returns, if it is to be `synced`.
+
+        Raises ValueError where rows are Python objects, which would have to be pickled.
+        """
+        if rows.dtype.hasobject:
+            raise ValueError(f"table {self.name} is of numbers, and {rows.dtype} needs pickles: allow_pickle is off")
         name = f"{partition}.{self._last_version(partition) + 1:08d}.npy"
         temporary = self.folder / f"{name}.tmp"
         with temporary.open("wb") as file:
             hashed = Hashed(file)
-            np.lib.format.write_array(hashed, np.ascontiguousarray(rows), allow_pickle=False)
+            whole = np.ascontiguousarray(rows)
+            np.lib.format.write_array_header_1_0(hashed, np.lib.format.header_data_from_array_1_0(whole))
+            hashed.write(whole.data)
             file.flush()
-            os.fsync(file.fileno())
+            if synced:
+                os.fsync(file.fileno())
         os.replace(temporary, self.folder / name)
         self._current[partition] = PartitionFile(name, **hashed.fingerprint)
 

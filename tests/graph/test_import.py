@@ -9,8 +9,10 @@ import pytest
 
 from puna.errors import DataError
 from puna.graph import read as reading
+from puna.graph import walks as walking
 from puna.graph.graph import Graph
 from puna.graph.importing import import_graph
+from puna.graph.walks import Walks
 
 LINES = ["anna\tknows\tbert", "bert\tknows\tcarl", "carl\tlikes\tanna", "anna\tlikes\tanna"]
 
@@ -113,6 +115,7 @@ def test_real_triples_keep_their_counts(tmp_path, data_dir):
         "num_nodes": 14,
         "num_relations": 55,
         "edges": {"train": 1592, "valid": 199, "test": 201},
+        "num_unseen": 0,
     }
     assert triples(Graph.open(tmp_path / "graph"), "test") == splits["test"].read_text().splitlines()
 
@@ -129,6 +132,7 @@ def test_real_triples_keep_their_counts(tmp_path, data_dir):
         ("a.parquet", b"no parquet", {}, ["a.parquet is no Parquet file"]),
         ("a.tsv", b"", {}, ["a.tsv has no edge"]),
         ("a.tsv", b"a\tb\tnan\n", {"columns": ("head", "tail", "weight")}, ["line 1: the weight 'nan'"]),
+        ("a.tsv", b"a\tb\t1\n\nb\tc\tnan\n", {"columns": ("head", "tail", "weight")}, ["line 3: the weight 'nan'"]),
         ("a.tsv", b"a\tb\t1\nb\tc\tx\n", {"columns": ("head", "tail", "weight")}, ["line 2: the weight 'x'"]),
         ("a.tsv", b"a\tb\t-1\n", {"columns": ("head", "tail", "weight")}, ["line 1: the weight '-1'"]),
         ("a.tsv", text(), {"columns": ("head", "relation")}, ["head,relation do not describe an edge"]),
@@ -167,3 +171,110 @@ def test_a_graph_that_is_none_torn_or_of_another_format(tmp_path):
     manifest.write_text("{")
     with pytest.raises(DataError, match=r"graph.json is damaged"):
         Graph.open(graph.folder)
+
+
+def test_names_with_returns_and_odd_lengths_keep_their_numbers(tmp_path):
+    names = ["", "a", "a\r", "ä" * 7, "12345678", "123456789", "b\x0bc", "\u2028"]
+    rows = [f"{a}x\t{b}y" for a in names for b in names]
+    graph = imported(tmp_path, "a.tsv", "".join(f"{row}\n" for row in rows).encode(), columns=("head", "tail"))
+    found, edges = graph.names(), graph.edges("train")
+    assert [f"{found[h]}\t{found[t]}" for h, t in zip(edges.heads, edges.tails, strict=True)] == rows
+
+
+def test_a_relation_that_no_training_edge_has(tmp_path):
+    (tmp_path / "train.tsv").write_bytes(text())
+    (tmp_path / "test.tsv").write_text("anna\tknows\tbert\n\nanna\thates\tbert\n")
+    with pytest.raises(DataError, match=r"test.tsv, line 3: no training edge has the relation 'hates'"):
+        import_graph({"test": tmp_path / "test.tsv", "train": tmp_path / "train.tsv"}, tmp_path / "graph")
+
+
+def test_nodes_that_training_has_not_seen_are_counted(tmp_path):
+    (tmp_path / "train.tsv").write_bytes(text())
+    (tmp_path / "test.tsv").write_text("dora\tknows\tbert\n")
+    told = import_graph({name: tmp_path / f"{name}.tsv" for name in ("train", "test")}, tmp_path / "graph")
+    assert told["num_unseen"] == 1
+
+
+def test_a_graph_that_is_added_to_keeps_its_numbers(tmp_path):
+    old = imported(tmp_path, "a.tsv", text())
+    before = {path.name: path.read_bytes() for path in old.folder.iterdir()}
+    (tmp_path / "b.tsv").write_text("dora\tknows\tanna\nanna\thates\tcarl\n")
+    (tmp_path / "c.tsv").write_text("dora\tlikes\tbert\n")
+    told = import_graph(
+        {"test": tmp_path / "c.tsv", "train": tmp_path / "b.tsv"}, tmp_path / "grown", add=tmp_path / "graph"
+    )
+    assert (told["num_new_nodes"], told["num_nodes"], told["edges"]) == (1, 4, {"train": 6, "test": 1})
+    grown = Graph.open(tmp_path / "grown")
+    assert grown.names() == ["anna", "bert", "carl", "dora"]
+    assert grown.relation_names() == ["knows", "likes", "hates"]
+    assert triples(grown) == [*LINES, "dora\tknows\tanna", "anna\thates\tcarl"]
+    assert triples(grown, "test") == ["dora\tlikes\tbert"]
+    assert {path.name: path.read_bytes() for path in old.folder.iterdir()} == before
+    assert grown.added_to == [old.version]
+    (tmp_path / "d.tsv").write_text("emil\tknows\tanna\n")
+    import_graph({"train": tmp_path / "d.tsv"}, tmp_path / "again", add=tmp_path / "grown")
+    again = Graph.open(tmp_path / "again")
+    assert again.added_to == [old.version, grown.version]
+    assert triples(again, "test") == ["dora\tlikes\tbert"]
+
+
+def test_weights_and_none_do_not_mix(tmp_path):
+    imported(tmp_path, "a.tsv", text())
+    (tmp_path / "b.tsv").write_text("a\tb\t2\n")
+    with pytest.raises(DataError, match="has edges with no weights"):
+        import_graph(
+            {"train": tmp_path / "b.tsv"}, tmp_path / "grown", ("head", "tail", "weight"), add=tmp_path / "graph"
+        )
+
+
+# --- walks ----------------------------------------------------------------------------------------------------------
+
+
+def walked(tmp_path, rows, **values):
+    path = tmp_path / "a.tsv"
+    path.write_text("".join(f"{a}\t{b}\n" for a, b in rows))
+    walks = Walks(**({"per_node": 3, "length": 12, "window": 4} | values))
+    import_graph({"train": path}, tmp_path / "walked", ("head", "tail"), walks=walks)
+    return Graph.open(tmp_path / "walked")
+
+
+def test_walks_stay_within_reach_and_count_every_pair_once(tmp_path, monkeypatch):
+    """On a ring: pairs stand at most `window` apart; as many as the windows hold; however they are cut up on disk."""
+    ring = [(n, (n + 1) % 30) for n in range(30)]
+    graph = walked(tmp_path, ring)
+    names = [int(name) for name in graph.names()]
+    edges = graph.edges("train")
+    apart = [(names[h] - names[t]) % 30 for h, t in zip(edges.heads, edges.tails, strict=True)]
+    assert {min(d, 30 - d) for d in apart} <= {1, 2, 3, 4}
+    pairs = list(zip(edges.heads.tolist(), edges.tails.tolist(), strict=True))
+    assert len(set(pairs)) == len(pairs)
+    expected = 90 * sum(np.mean([min(w, 11 - n) for w in (1, 2, 3, 4)]) for n in range(12))
+    assert 0.75 * expected < edges.weights.sum() < expected
+    assert graph.splits["links"] == {"edges": 30, "weighted": False}
+    monkeypatch.setattr(walking, "PAIRS", 50)
+    monkeypatch.setattr(walking, "STARTS", 7)
+    (tmp_path / "again").mkdir()
+    again = walked(tmp_path / "again", ring).edges("train")
+    found = [dict(zip(zip(e.heads, e.tails, strict=True), e.weights, strict=True)) for e in (edges, again)]
+    assert found[0] == found[1]
+
+
+def test_walks_over_two_parts_never_meet_and_follow_the_seed(tmp_path):
+    rows = [(f"a{n}", f"a{m}") for n in range(5) for m in range(n)] + [
+        (f"b{n}", f"b{m}") for n in range(5) for m in range(n)
+    ]
+    weights = []
+    for seed in (0, 0, 1):
+        folder = tmp_path / str(len(weights))
+        folder.mkdir()
+        graph = walked(folder, rows, seed=seed)
+        names, edges = graph.names(), graph.edges("train")
+        assert all(names[h][0] == names[t][0] for h, t in zip(edges.heads, edges.tails, strict=True))
+        weights.append(edges.weights.tolist())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_walks_over_weights_are_refused(tmp_path):
+    (tmp_path / "a.tsv").write_text("a\tb\t2\n")
+    with pytest.raises(DataError, match="have weights, and walks take every edge alike"):
+        import_graph({"train": tmp_path / "a.tsv"}, tmp_path / "g", ("head", "tail", "weight"), walks=Walks(2))

@@ -9,7 +9,7 @@ import torch
 from puna.graph import operators, ranking
 from puna.graph.config import GraphConfig
 from puna.graph.graph import Edges
-from puna.graph.ranking import Known, Ranks, Scorer, rank, summary
+from puna.graph.ranking import Known, Ranks, Scorer, draw_candidates, rank, summary
 from puna.graph.worker import Relations
 
 
@@ -21,7 +21,7 @@ def scorer_of(graph, table, sides=2, **values):
         Relations(rng.normal(size=(graph.num_relations, size)).astype("f4"), np.zeros((0, 0), "f4"))
         for _ in range(1 + config.reciprocal)
     ]
-    return Scorer(config, graph, lambda part: table[part :: config.num_partitions], relations)
+    return Scorer(config, graph, lambda part, rows=slice(None): table[part :: config.num_partitions][rows], relations)
 
 
 def naive_score(scorer, side, given, relation, candidate):
@@ -58,7 +58,8 @@ def known_of(graph):
 @pytest.mark.parametrize("comparator", ["dot", "cos", "l2"])
 @pytest.mark.parametrize("num_partitions", [1, 4])
 def test_ranks_are_the_double_loops(planted, num_partitions, comparator, reciprocal, monkeypatch):
-    monkeypatch.setattr(ranking, "QUERIES", 16)
+    monkeypatch.setattr(ranking, "EVAL_QUERIES", 16)
+    monkeypatch.setattr(ranking, "EVAL_NODES", 11)
     table = np.random.default_rng(1).normal(size=(planted.num_nodes, 5)).astype("f4")
     values = {"num_partitions": num_partitions, "comparator": comparator, "reciprocal": reciprocal}
     scorer = scorer_of(planted, table, **values)
@@ -104,7 +105,8 @@ def test_figures():
 def test_relations_are_told_apart():
     edges = Edges(*(np.array(column, "i4") for column in ([0, 1, 2], [1, 0, 1], [1, 2, 0])))
     ranks = np.array([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0]])
-    got = Ranks(edges, ranks, ranks, 9, np.full((2, 3), 9.0)).by_relation(["likes", "knows"])
+    among = np.full((2, 3), 9.0)
+    got = Ranks(edges, ranks, ranks, among, among).by_relation(["likes", "knows"])
     assert [(record["relation"], record["num_edges"], record["mrr"]) for record in got] == [
         ("knows", 2, 0.75),
         ("likes", 1, 0.25),
@@ -119,3 +121,63 @@ def test_a_mapped_table_is_ranked_as_one_in_memory(planted, tmp_path):
     scorer = scorer_of(planted, table)
     other = dataclasses.replace(scorer_of(planted, mapped), relations=scorer.relations)
     torch.testing.assert_close(rank(scorer, edges).raw, rank(other, edges).raw)
+
+
+@pytest.mark.parametrize("candidates", [0, 200])
+@pytest.mark.parametrize("nodes", [7, 1 << 14])
+def test_equal_vectors_tie_in_whatever_pieces_they_are_multiplied(planted, nodes, candidates, monkeypatch):
+    monkeypatch.setattr(ranking, "EVAL_NODES", nodes)
+    table = np.tile(np.random.default_rng(3).normal(size=100).astype("f4"), (planted.num_nodes, 1))
+    edges = planted.edges("test")
+    drawn = draw_candidates(planted, candidates, "uniform") if candidates else None
+    got = rank(scorer_of(planted, table, operator="none"), edges, drawn)
+    np.testing.assert_array_equal(got.raw, (got.num_raw + 1) / 2)
+
+
+@pytest.mark.parametrize("reciprocal", [True, False])
+@pytest.mark.parametrize("sampling", ["uniform", "prevalence"])
+@pytest.mark.parametrize("num_partitions", [1, 4])
+def test_ranks_among_drawn_nodes_are_a_loops(planted, num_partitions, sampling, reciprocal, monkeypatch):
+    monkeypatch.setattr(ranking, "EVAL_QUERIES", 16)
+    table = np.random.default_rng(1).normal(size=(planted.num_nodes, 5)).astype("f4")
+    scorer = scorer_of(planted, table, num_partitions=num_partitions, reciprocal=reciprocal)
+    edges, known = planted.edges("test").take(slice(30)), known_of(planted)
+    drawn = draw_candidates(planted, 90, sampling, seed=5)
+    got = rank(scorer, edges, drawn)
+    for i, (h, r, t) in enumerate(zip(edges.heads, edges.relations, edges.tails, strict=True)):
+        for side, (given, true) in enumerate([(h, t), (t, h)]):
+            values = np.array([naive_score(scorer, side, table[given], r, v) for v in table])
+            others = [n for n in drawn[side] if n != true]
+            new = [n for n in others if ((h, r, n) if side == 0 else (n, r, t)) not in known]
+            for ranks, among, kept in ((got.raw, got.num_raw, others), (got.filtered, got.num_filtered, new)):
+                higher = sum(values[n] > values[true] + 1e-9 for n in kept)
+                same = sum(abs(values[n] - values[true]) <= 1e-9 for n in kept)
+                assert (ranks[side, i], among[side, i]) == (1 + higher + same / 2, 1 + len(kept))
+
+
+def test_drawn_nodes_follow_their_sampling(planted):
+    """As often as nodes are tails (heads) of training edges, or evenly; a function of the seed alone."""
+    edges = planted.edges("train")
+    for side, ends in enumerate((edges.tails, edges.heads)):
+        share = np.bincount(ends, minlength=60) / len(edges)
+        drawn = np.bincount(draw_candidates(planted, 200_000, "prevalence", 1)[side], minlength=60) / 200_000
+        np.testing.assert_allclose(drawn, share, atol=0.003)
+    even = np.bincount(draw_candidates(planted, 200_000, "uniform", 1)[0], minlength=60) / 200_000
+    np.testing.assert_allclose(even, 1 / 60, atol=0.003)
+    same, other = (draw_candidates(planted, 50, "prevalence", seed) for seed in (1, 2))
+    assert (same == draw_candidates(planted, 50, "prevalence", 1)).all()
+    assert (same != other).any()
+
+
+def test_ties_hold_where_the_first_guess_at_a_true_nodes_score_is_off(planted, monkeypatch):
+    """As if the product of the true nodes alone had rounded otherwise than that with all nodes."""
+    scores = ranking._Turned.scores
+
+    def off(self, anchors, facts, vectors):
+        found = scores(self, anchors, facts, vectors)
+        return found * np.float32(1.0001) if len(vectors) == len(anchors) else found
+
+    monkeypatch.setattr(ranking._Turned, "scores", off)
+    table = np.tile(np.random.default_rng(3).normal(size=100).astype("f4"), (planted.num_nodes, 1))
+    got = rank(scorer_of(planted, table, operator="none"), planted.edges("test"))
+    np.testing.assert_array_equal(got.raw, (got.num_raw + 1) / 2)

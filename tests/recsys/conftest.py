@@ -28,7 +28,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Clicks:
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """`ranks(function, *arguments)` gives the results by rank."""
-    pool = Ranks(tmp_path_factory.mktemp("ranks"))
+    pool = Ranks(tmp_path_factory.mktemp("ranks"), 4)
     yield pool
     pool.close()
 
