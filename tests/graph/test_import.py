@@ -47,7 +47,7 @@ def text(separator="\t", end="\n"):
         ("a.csv", b"head,relation,tail\n" + text(","), {"header": True}),
         ("a.csv", text(",").replace(b"anna,", b'"anna",'), {}),
         ("a.txt", text("|"), {"delimiter": "|"}),
-        ("a.tsv.gz", gzip.compress(text()), {}),
+        ("a.tsv.gz", gzip.compress(text(), mtime=0), {}),
         ("a.csv.xz", lzma.compress(text(",")), {}),
     ],
 )

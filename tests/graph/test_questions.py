@@ -9,9 +9,9 @@ import torch
 
 from puna import recipe, run
 from puna.graph import operators, questions
+from puna.graph.budget import Sizes, memory
 from puna.graph.config import GraphConfig, Operator
 from puna.graph.graph import Edges
-from puna.graph.partitions import memory_bytes
 from puna.graph.questions import QuestionWorker, cut
 from puna.graph.worker import Part, Rates, Relations, Worker
 
@@ -210,5 +210,5 @@ def test_a_run_learns_the_planted_communities(planted, tmp_path):
 
 def test_memory_counts_the_tables_gradient_and_the_scores():
     config = config_of(dim=400, batch_edges=1000)
-    workers = [memory_bytes(config, 15_000, 0, n) for n in (1, 2)]
+    workers = [memory(config, Sizes(15_000, 0, 0, False, 0), n, False).workers for n in (1, 2)]
     assert workers[1] - workers[0] == 4 * (15_000 * 400 + 512 * 15_000 + 2536 * 400)
