@@ -39,7 +39,9 @@ def codec() -> None:
 @click.argument("rows", metavar="ROWS.npy", type=click.Path(path_type=Path))
 @of_ids
 @click.option("--bound", default=0.01, show_default=True, help="Largest error, as a share of the rows' max - min.")
-@click.option("--codec", "name", default="auto", show_default=True, help="auto, rans, fixed, raw, huffman, vector_lz.")
+@click.option(
+    "--codec", "name", default="auto", show_default=True, help="auto, rans, fixed, raw, copy, huffman, vector_lz."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File to write.")
 @as_json
 def codec_encode(rows: Path, ids: Path | None, bound: float, name: str, out: Path, as_json: bool) -> None:

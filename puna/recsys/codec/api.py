@@ -98,7 +98,8 @@ def encode(rows: Any, ids: Any = None, bound: float = 0.01, codec: str = "auto")
 
     ids (n,): whole numbers that the receiver knows and gives to `decode`; lookups of one id have equal rows. Without
     them repeated rows are found by their content and sent once, with an index. codec is auto (fewest bytes), rans,
-    fixed (for fast links), raw (distinct rows, exact), or huffman, vector_lz, published (Feng et al., SC24, all rows).
+    fixed (for fast links), raw (distinct rows, exact), copy (all rows, exact), or huffman, vector_lz, published (all
+    rows, as Feng et al.).
     DataError: rows that are not float32 (n, D), ids of another length or of rows that differ, a bound not in (0, 0.5].
     """
     return _own.codec.encode(rows, ids, bound, codec)

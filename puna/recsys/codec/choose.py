@@ -38,7 +38,7 @@ def pick(measured: dict[str, Measured], link_bytes_per_s: float) -> str:
 
 
 def measure(
-    codec: Codec, example: Slice, names: Sequence[str] = ("raw", "fixed", "rans"), repeats: int = 3
+    codec: Codec, example: Slice, names: Sequence[str] = ("copy", "raw", "fixed", "rans"), repeats: int = 3
 ) -> dict[str, Measured]:
     """Each codec on one slice: its ratio, and the median speeds of `repeats` turns after one that is not timed."""
     found = {}

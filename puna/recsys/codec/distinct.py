@@ -25,8 +25,8 @@ def by_ids(ids: npt.NDArray[np.int64], scratch: Scratch) -> Distinct:
     return Distinct(first[: number_ids(ids, table, first, inverse)], inverse)
 
 
-def by_content(rows: npt.NDArray[Any], scratch: Scratch) -> Distinct:
-    """Rows (n, D) of unsigned numbers that are equal bit for bit."""
+def by_content(rows: npt.NDArray[np.uint32], scratch: Scratch) -> Distinct:
+    """Rows (n, D) that are equal bit for bit."""
     first, inverse, table = room(len(rows), scratch)
     hashes = scratch.take("hashes", len(rows), np.int64)
     return Distinct(first[: number_rows(rows, factors(rows.shape[1]), hashes, table, first, inverse)], inverse)
@@ -48,20 +48,23 @@ def factors(width: int) -> npt.NDArray[np.uint32]:
 
 @kernel
 def number_ids(ids: Any, table: Any, first: Any, inverse: Any) -> int:
-    """Fill first and inverse; returns how many ids there are."""
+    """Fill first and inverse; returns how many ids there are.
+
+    Whether an id is new is not branched on, because nobody can foresee it: each lookup is a candidate for a new row.
+    """
     mask = table.shape[0] - 1
     table[:] = -1
     count = 0
     for i in range(ids.shape[0]):
         number = ids[i]
         place = ((number * _MIX) >> 32) & mask
-        while table[place] >= 0 and ids[first[table[place]]] != number:
+        found = table[place]
+        first[count] = i
+        while ids[first[found if found >= 0 else count]] != number:
             place = (place + 1) & mask
-        if table[place] < 0:
-            table[place] = count
-            first[count] = i
-            count += 1
-        inverse[i] = table[place]
+            found = table[place]
+        inverse[i] = table[place] = found if found >= 0 else count
+        count += found < 0
     return count
 
 
@@ -101,10 +104,10 @@ def _number_exactly(rows: Any, hashes: Any, table: Any, first: Any, inverse: Any
 
 @kernel
 def _equal(rows: Any, i: int, k: int) -> bool:
-    difference = np.uint64(0)
+    difference = np.uint32(0)
     for j in range(rows.shape[1]):
-        difference |= np.uint64(rows[i, j]) ^ np.uint64(rows[k, j])
-    return difference == np.uint64(0)
+        difference = np.uint32(difference | np.uint32(rows[i, j] ^ rows[k, j]))
+    return difference == 0
 
 
 @kernel

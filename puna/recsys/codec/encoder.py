@@ -13,7 +13,7 @@ from puna.recsys.codec.quantise import Grid
 from puna.recsys.codec.scratch import Scratch
 from puna.recsys.codec.stream import ALL_ROWS, IN_ORDER, KNOWN_IDS, SENT_INDEX, Head
 
-CODECS = ("auto", "rans", "fixed", "raw", "huffman", "vector_lz", "published")
+CODECS = ("auto", "rans", "fixed", "raw", "copy", "huffman", "vector_lz", "published")
 _METHODS = {name: method for method, name in stream.METHODS.items()}
 _WHOLE = ("huffman", "vector_lz", "published")  # code all rows, as published
 MAX_BOUND = 0.5
@@ -32,8 +32,8 @@ class Encoder:
     def encode(self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str) -> bytes:
         """The stream of rows (n, D)."""
         head = Head(stream.RAW, ALL_ROWS, rows.shape[0], rows.shape[1], len(rows))
-        if len(rows) == 0:
-            return stream.write(head, 0)
+        if len(rows) == 0 or codec == "copy":
+            return b"".join((stream.write(head, rows.nbytes), _bytes(rows)))
         found = self._open(rows, ids, bound, codec, head)
         exceptions, payload = b"", b""
         if found.grid:
@@ -42,11 +42,12 @@ class Encoder:
                 codes, exceptions, head.num_exceptions = _without(found)
             head.method, payload = self._payload(codes, found.grid, codec)
             head.grid = found.grid
+        parts: list[Any] = [self._index(head, found, codec), exceptions, payload]
         if head.grid is None or len(payload) + len(exceptions) >= found.rows.nbytes:
             head.method, head.num_exceptions, head.grid = stream.RAW, 0, None
-            exceptions, payload = b"", found.rows.astype("<f4", copy=False).tobytes()
-        body = b"".join((self._index(head, found, codec), exceptions, payload))
-        return b"".join((stream.write(head, len(body)), body, bytes(head.padding)))
+            parts[1:] = [_bytes(found.rows)]
+        text = stream.write(head, sum(map(len, parts)))
+        return b"".join((text, *parts, bytes(head.padding)))
 
     def _open(self, rows: Rows, ids: npt.NDArray[np.int64] | None, bound: float, codec: str, head: Head) -> Opened:
         if codec in _WHOLE:
@@ -112,6 +113,10 @@ def check_ids(ids: Any, num_rows: int) -> npt.NDArray[np.int64]:
     if ids.dtype.kind not in "iu" or ids.shape != (num_rows,):
         raise DataError(f"ids are {ids.dtype} of shape {ids.shape}", f"They must be whole numbers, ({num_rows},).")
     return np.ascontiguousarray(ids, np.int64)
+
+
+def _bytes(rows: Rows) -> memoryview:
+    return rows.astype("<f4", copy=False).reshape(-1).view(np.uint8).data
 
 
 def _without(found: Opened) -> tuple[npt.NDArray[Any], bytes, int]:

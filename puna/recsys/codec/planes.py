@@ -4,7 +4,6 @@ A plane of b bits has 8 / b segments of equal length, the first in the lowest bi
 codes that are far apart and packing is plain vector code.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,11 @@ def width_of(num_codes: int) -> int:
 
 def packed_size(count: int, width: int) -> int:
     """Bytes of `count` codes of `width` bits."""
-    return count * (width // 8) + sum(-(-count // (8 // bits)) for _, bits in _planes(width % 8))
+    size = count * (width >> 3)
+    for bits in (4, 2, 1):
+        if width & bits:
+            size += (count * bits + 7) >> 3
+    return size
 
 
 def pack(codes: npt.NDArray[Any], width: int) -> bytes:
@@ -38,15 +41,6 @@ def unpack(data: npt.NDArray[np.uint8], num_codes: int, codes: npt.NDArray[Any])
         raise damaged(f"{len(data)} bytes for {len(codes)} codes of {width} bits")
     if not _unpack(data, width, num_codes, codes):
         raise damaged(f"a code beyond the last of {num_codes}")
-
-
-def _planes(width: int) -> Iterator[tuple[int, int]]:
-    """Shift and bits of each plane of codes below a byte."""
-    shift = 0
-    for bits in (4, 2, 1):
-        if width & bits:
-            yield shift, bits
-            shift += bits
 
 
 @kernel

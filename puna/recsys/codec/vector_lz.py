@@ -27,7 +27,7 @@ def encode(codes: npt.NDArray[np.uint8], scratch: Scratch, window: int = WINDOW)
     sizes = np.zeros((2, num_blocks), np.int64)
     flags = np.zeros(num_blocks * (BLOCK // 8), np.uint8)
     data = scratch.take("lz", num_rows * max(width, _RUN_BYTES), np.uint8)
-    numbers = distinct.by_content(codes, scratch).inverse
+    numbers = distinct.by_content(codes.astype(np.uint32), scratch).inverse
     _encode(codes, numbers, window, sizes, flags, data)
     parts = [sizes[0].astype("<u2"), sizes[1].astype("<u4"), flags[: sizes[0].sum()], data[: sizes[1].sum()]]
     return b"".join(part.tobytes() for part in parts)
