@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -331,6 +332,7 @@ def main() -> None:
     if args.rank is not None:
         work(args)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that namespaces are taken away
     with opened(args) as ranks:
         rate = calibrate(ranks, args)
         names = args.arms.split(",")

@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from ranks import Ranks
 
 from puna.recsys.clicks import Clicks
 from puna.recsys.generator import generate
+from puna.recsys.wires import Block, make_wire
 
 ROWS = (700, 3, 40, 300, 9)
 
@@ -36,3 +39,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def compiled() -> None:
+    """The codec's kernels on disk, so that four processes do not compile them at once."""
+    wire, block = make_wire("bounded"), Block(60, 4, 0.02, 0.02, 1)
+    rows = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    for ids in (None, np.arange(60)):
+        known = replace(block, ids=ids)
+        wire.decode([known], wire.encode([known], [rows], True), [np.empty_like(rows)])

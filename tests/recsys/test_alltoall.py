@@ -62,8 +62,7 @@ def test_rows_arrive_and_gradients_return(ranks, wire):
         assert traffic[0] == (4 * sum(n * w for n, w in away), 0, sum(sizes[wire](n, w) for n, w in away))
 
 
-def test_bounded_rows_keep_their_bounds(ranks):
-    pytest.importorskip("puna.recsys.codec.api")
+def test_bounded_rows_keep_their_bounds(ranks, compiled):
     for rank, (out, plain, grad, returned, traffic) in enumerate(ranks(exchanged, "bounded", "raw", 0.02)):
         at = 0
         for origin, part in enumerate(SHAPES):
@@ -87,8 +86,7 @@ def disagreeing():
     return str(raised.value)
 
 
-def test_ranks_that_disagree_on_bounds_are_named(ranks):
-    pytest.importorskip("puna.recsys.codec.api")
+def test_ranks_that_disagree_on_bounds_are_named(ranks, compiled):
     for text in ranks(disagreeing):
         assert "bound of C3: 0.02 on rank 0, 0.05 on rank 1, 0.02 on rank 2, 0.02 on rank 3" in text
         assert "step" not in text.split("Bounds are")[0]

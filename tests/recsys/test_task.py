@@ -85,6 +85,7 @@ def test_the_optimisers_differ(planted):
     assert abs(a[-1] - b[-1]) > 1e-4
 
 
+@pytest.mark.slow
 def test_rows_sent_once_or_for_every_sample_are_the_same(planted, tmp_path):
     settings = {
         "once": {"exchange": {"distinct": True}},
@@ -95,7 +96,7 @@ def test_rows_sent_once_or_for_every_sample_are_the_same(planted, tmp_path):
     np.testing.assert_allclose(two["once"]["losses"], two["each"]["losses"], atol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+@pytest.mark.parametrize("optimizer", [pytest.param("sgd", marks=pytest.mark.slow), "adagrad"])
 def test_a_checkpoint_of_two_ranks_goes_on_with_one_and_four(planted, tmp_path, optimizer):
     """Saved under one placement, read under another."""
     settings = {"table_optimizer": optimizer, "placement": "row", "table_lr": 0.5}
