@@ -5,6 +5,17 @@ from pathlib import Path
 
 import pytest
 
+COMPILING = ("graph", "recsys")
+"""Rooms whose kernels are compiled on first use: one process compiles them, not several at once."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in several processes, those of a file stay together, and those of a compiling room."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent)
+        group = place.parts[0] if place.parts[0] in COMPILING else str(place)
+        item.add_marker(pytest.mark.xdist_group(group))
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

@@ -18,7 +18,7 @@ from puna.train.health import HealthMonitor
 VOCABULARY, BATCH = 42, 16
 STALLED = range(45)  # steps in which the gradients of the blocks are as good as nothing
 NUM_STEPS = 60
-FOUR = [("ranks", "fully"), ("ranks", "hybrid")]
+SLOW = pytest.mark.slow
 
 
 class Model(nn.Module):
@@ -94,7 +94,16 @@ def of_kind(result: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
     return [record for record in result["records"] if record["event"] in kinds]
 
 
-@pytest.mark.parametrize(("group", "how"), [("pair", "fully"), ("pair", "columns"), *FOUR, ("ranks", "columns")])
+@pytest.mark.parametrize(
+    ("group", "how"),
+    [
+        ("pair", "fully"),
+        ("pair", "columns"),
+        ("ranks", "fully"),
+        ("ranks", "hybrid"),
+        pytest.param("ranks", "columns", marks=SLOW),
+    ],
+)
 def test_sharded_statistics_and_verdicts_are_those_of_one_process(
     group: str, how: str, request: pytest.FixtureRequest
 ) -> None:
@@ -119,7 +128,9 @@ def test_sharded_statistics_and_verdicts_are_those_of_one_process(
             np.testing.assert_allclose(result["state"][name], values, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize(("group", "how"), [("pair", "fully"), *FOUR])
+@pytest.mark.parametrize(
+    ("group", "how"), [("pair", "fully"), ("ranks", "fully"), pytest.param("ranks", "hybrid", marks=SLOW)]
+)
 def test_sharded_actions_are_those_of_one_process(group: str, how: str, request: pytest.FixtureRequest) -> None:
     ranks = request.getfixturevalue(group)
     wanted = course("plain", act=True)
