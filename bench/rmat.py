@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from puna.console import track
-from puna.graph.compiled import exact_kernel
-from puna.graph.tables import mix
+from puna.sparse.compiled import exact_kernel
+from puna.sparse.hashing import mix
 
 PIECE = 1 << 20
 LINE_BYTES = 2 * 22

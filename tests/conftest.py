@@ -9,8 +9,12 @@ COMPILING = ("graph", "recsys")
 """Rooms whose kernels are compiled on first use: one process compiles them, not several at once."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those of a file stay together, and those of a compiling room."""
+    """Where tests run in several processes, those of a file stay together, and those of a compiling room.
+
+    First, because xdist's own hook reads the mark.
+    """
     for item in items:
         place = item.path.relative_to(Path(__file__).parent)
         group = place.parts[0] if place.parts[0] in COMPILING else str(place)

@@ -278,7 +278,7 @@ def test_on_this_machine(tmp_path, monkeypatch, capsys):
 def test_kernels_are_timed_at_every_size(monkeypatch):
     """The real kernels, at small sizes."""
     monkeypatch.setattr(kernels, "MAX_ROUNDS", 3)
-    monkeypatch.setattr(kernels, "ELEMENTS", (1 << 12, 1 << 16))
+    monkeypatch.setattr(kernels, "ELEMENTS", (1 << 12, 1 << 20))
     monkeypatch.setattr(kernels, "PRODUCTS", ((64, 512), (64, 256), (64, 256)))
     monkeypatch.setattr(kernels, "LENGTHS", (32, 256))
     monkeypatch.setattr(kernels, "TABLES", (1 << 12, 1 << 16))

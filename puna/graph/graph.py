@@ -6,7 +6,6 @@ DIR/SPLIT.heads .relations .tails   little-endian int32, an edge each; SPLIT.wei
 DIR/buckets/SPLIT-P/           the same columns in the order of P x P buckets, with offsets.npy; made when needed
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy.typing as npt
 
 from puna.errors import DataError
 from puna.graph.names import read_names
+from puna.sparse.folder import check_sizes, read_manifest
 
 FORMAT_VERSION = 1
 MANIFEST = "graph.json"
@@ -61,21 +61,14 @@ class Graph:
         path = folder / MANIFEST
         if not path.is_file():
             raise DataError(f"{folder} holds no graph: there is no {path}", HOW)
-        try:
-            raw = json.loads(path.read_bytes())
-            version = raw["format_version"]
-            counts = raw["num_nodes"], raw["num_relations"]
-            graph = cls(folder, *counts, raw["splits"], raw["files"], raw.get("added_to", []))
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error})", "Import the graph again.") from None
-        if version > FORMAT_VERSION:
-            raise DataError(f"{path} has format {version}; this Puna reads {FORMAT_VERSION}", "Use a newer Puna.")
-        for name, facts in graph.files.items():
-            size = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if size != facts["bytes"]:
-                found = "is missing" if size is None else f"has {size}"
-                raise DataError(f"{folder / name} should have {facts['bytes']} bytes and {found}", "Import again.")
+        graph = read_manifest(path, FORMAT_VERSION, lambda raw: cls._of(folder, raw), "Import the graph again.")
+        check_sizes(folder, graph.files)
         return graph
+
+    @classmethod
+    def _of(cls, folder: Path, raw: dict[str, Any]) -> "Graph":
+        counts = raw["num_nodes"], raw["num_relations"]
+        return cls(folder, *counts, raw["splits"], raw["files"], raw.get("added_to", []))
 
     @property
     def version(self) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from puna.graph.compiled import kernel, kernel_without_nan
 from puna.graph.config import Loss
+from puna.sparse.compiled import kernel, kernel_without_nan
 
 RANKING, LOGISTIC, SOFTMAX, SELF_ADVERSARIAL = range(4)
 CODES: dict[Loss, int] = {

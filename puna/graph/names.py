@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
-from puna.graph.compiled import exact_kernel
-from puna.graph.read import Column, blocks, column_of_lines
-from puna.graph.tables import mix
+from puna.graph.read import Column, column_of_lines
+from puna.sparse.compiled import exact_kernel
+from puna.sparse.hashing import hashes
+from puna.sparse.text import whole_lines
 
-_SEEDS = np.array([0x243F6A8885A308D3, 0x13198A2E03707344], np.uint64)
 _LOW = np.uint64(0xFFFFFFFF)
 _EMPTY = np.uint64(0xFFFFFFFF)  # the number of a place that holds no name
 MOST_NAMES = (1 << 31) - 1
@@ -33,17 +33,16 @@ class Names:
         """Those of a file of names, which are written to `file` too."""
         names = cls(file)
         with path.open("rb") as lines:
-            for block in blocks(lines):
+            for block in whole_lines(lines):
                 names.numbers(column_of_lines(block))
         return names
 
     def numbers(self, column: Column) -> npt.NDArray[np.int32]:
         """The number of every row's name. Raises DataError for a name with a line break."""
-        hashes = np.empty((len(column.starts), 2), np.uint64)
-        _hash_all(column.data, column.starts, column.ends, _SEEDS, hashes)
-        self._grow(self.count + len(hashes))
-        out, fresh = np.empty(len(hashes), np.int32), np.empty(len(hashes), np.int64)
-        count = _number(hashes, self._table, self.count, out, fresh)
+        hashed = hashes(column.data, column.starts, column.ends)
+        self._grow(self.count + len(hashed))
+        out, fresh = np.empty(len(hashed), np.int32), np.empty(len(hashed), np.int64)
+        count = _number(hashed, self._table, self.count, out, fresh)
         self._write(column, fresh[: count - self.count])
         self.count = count
         return out
@@ -70,26 +69,6 @@ class Names:
 def _room(capacity: int) -> npt.NDArray[np.uint64]:
     """Places for names: 64 bits of the hash; 32 more above the number."""
     return np.full((capacity, 2), _EMPTY, np.uint64)
-
-
-@exact_kernel
-def _hash(data: Any, start: int, end: int, seed: Any) -> Any:
-    state = mix(seed ^ np.uint64(end - start))
-    word, filled = np.uint64(0), 0
-    for at in range(start, end):
-        word = (word << np.uint64(8)) | np.uint64(data[at])
-        filled += 1
-        if filled == 8:
-            state = mix(state ^ word) + seed
-            word, filled = np.uint64(0), 0
-    return mix(mix(state ^ word) + seed)
-
-
-@exact_kernel
-def _hash_all(data: Any, starts: Any, ends: Any, seeds: Any, out: Any) -> None:
-    for i in range(starts.shape[0]):
-        out[i, 0] = _hash(data, starts[i], ends[i], seeds[0])
-        out[i, 1] = _hash(data, starts[i], ends[i], seeds[1])
 
 
 @exact_kernel

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from puna.graph.compiled import kernel
 from puna.graph.config import Operator
+from puna.sparse.compiled import kernel
 
 NONE, TRANSLATION, DIAGONAL, LINEAR, AFFINE, COMPLEX, ROTATION = range(7)
 CODES: dict[Operator, int] = {

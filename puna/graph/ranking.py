@@ -17,10 +17,10 @@ import torch
 from puna.console import track
 from puna.graph import operators, scores
 from puna.graph.buckets import partition_rows
-from puna.graph.compiled import kernel
 from puna.graph.config import GraphConfig, Sampling
 from puna.graph.graph import Edges, Graph
 from puna.graph.worker import Relations
+from puna.sparse.compiled import kernel
 
 EVAL_QUERIES, EVAL_NODES = 1024, 1 << 14
 """Edges that are ranked at once, and nodes that they are ranked among at once."""

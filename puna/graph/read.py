@@ -3,27 +3,22 @@
 A batch of rows is a list of columns; a column is bytes with the start and end of each row's text in them.
 """
 
-import bz2
 import csv
-import gzip
-import lzma
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
-from puna.graph.compiled import exact_kernel
+from puna.sparse.compiled import exact_kernel
+from puna.sparse.text import NEWLINE, OPENERS, RETURN, open_file, shown, told_of_damage, whole_lines
 
-BLOCK_BYTES = 8 << 20
 BLOCK_ROWS = 1 << 18
 SEPARATOR = "\x1f"  # between the fields of a CSV line once its quotes are gone
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 DELIMITERS = {".csv": ",", ".jlg": ","}
-NEWLINE, RETURN = ord("\n"), ord("\r")
 
 
 @dataclass(frozen=True)
@@ -71,12 +66,8 @@ def read(path: Path, num_columns: int, delimiter: str | None = None, header: boo
         return
     suffixes = [suffix for suffix in path.suffixes if suffix not in (*OPENERS, ".zst")]
     separator = delimiter or DELIMITERS.get(suffixes[-1] if suffixes else "", "\t")
-    try:
+    with told_of_damage(path, "Fetch or compress it again."):
         yield from _text(path, num_columns, separator, header)
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise DataError(f"{path} is damaged: {error}", "Fetch or compress it again.") from None
 
 
 def _text(path: Path, num_columns: int, separator: str, header: bool) -> Iterator[Rows]:
@@ -85,7 +76,7 @@ def _text(path: Path, num_columns: int, separator: str, header: bool) -> Iterato
         if header:
             file.readline()
             line = 2
-        for block in blocks(file):
+        for block in whole_lines(file):
             mark = separator
             if separator == "," and b'"' in block:
                 block, mark = _unquoted(path, line, block), SEPARATOR
@@ -98,27 +89,6 @@ def _text(path: Path, num_columns: int, separator: str, header: bool) -> Iterato
                 path, line, [Column(data, bounds[:count, c, 0], bounds[:count, c, 1]) for c in range(num_columns)]
             )
             line += lines
-
-
-def open_file(path: Path) -> Any:
-    """The file, to be read as bytes, decompressed by its name."""
-    if path.suffix == ".zst":
-        from backports import zstd
-
-        return zstd.open(path, "rb")
-    return OPENERS.get(path.suffix, open)(path, "rb")
-
-
-def blocks(file: IO[bytes]) -> Iterator[bytes]:
-    """Whole lines, some megabytes at a time; the last one ends in a newline too."""
-    rest = b""
-    while data := file.read(BLOCK_BYTES):
-        whole, newline, after = (rest + data).rpartition(b"\n")
-        if newline:
-            yield whole + newline
-        rest = after
-    if rest:
-        yield rest + b"\n"
 
 
 def column_of_lines(block: bytes) -> Column:
@@ -168,10 +138,9 @@ def _split(data: Any, separator: int, bounds: Any) -> Any:
 def _wrong_row(path: Path, line: int, block: bytes, start: int, num_columns: int, separator: str) -> DataError:
     text = block[start : block.index(b"\n", start)].decode("utf-8", "replace").replace(SEPARATOR, separator)
     fields = text.rstrip("\r").split(separator)
-    shown = text if len(text) <= 80 else f"{text[:77]}..."
     found = "an empty field" if len(fields) == num_columns else f"{len(fields)} fields"
     return DataError(
-        f"{path}, line {line:,} has {found} where {num_columns} were expected between {separator!r}: {shown!r}",
+        f"{path}, line {line:,} has {found} where {num_columns} were expected between {separator!r}: {shown(text)!r}",
         "Mend the line, or name the columns with --columns and what parts them with --delimiter.",
     )
 

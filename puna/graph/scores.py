@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from puna.graph import losses
-from puna.graph.compiled import kernel
 from puna.graph.config import Comparator, GraphConfig
 from puna.graph.losses import MASKED, row_loss
+from puna.sparse.compiled import kernel
 
 DOT, COS, L2, SQUARED_L2 = range(4)
 CODES: dict[Comparator, int] = {"dot": DOT, "cos": COS, "l2": L2, "squared_l2": SQUARED_L2}

@@ -11,20 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from puna.graph.compiled import exact_kernel, kernel
+from puna.sparse.compiled import exact_kernel, kernel
+from puna.sparse.hashing import mix
 
 EPSILON = np.float32(1e-10)
 LARGEST = np.finfo(np.float32).max  # kernels compare with it: LLVM may reorder isfinite, which is x - x == 0, away
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _TO_UNIT = 2.0**-53
-
-
-@exact_kernel
-def mix(x: Any) -> Any:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): 64 bits that depend on all 64 bits of x."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 @exact_kernel

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from puna.console import track
 from puna.errors import DataError
-from puna.graph.compiled import exact_kernel
 from puna.graph.graph import Edges, Graph
-from puna.graph.tables import mix
+from puna.sparse.compiled import exact_kernel
+from puna.sparse.hashing import mix
 
 STARTS = 1 << 15
 """Walks that are made at once."""

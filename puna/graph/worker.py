@@ -18,7 +18,8 @@ from puna.graph import operators, scores
 from puna.graph.config import PAIRED, GraphConfig
 from puna.graph.graph import Edges
 from puna.graph.scores import Compared, Pairs, padded, prepare, restore, room_for
-from puna.graph.tables import adagrad, draw_groups, gather, mix, number, scatter
+from puna.graph.tables import adagrad, draw_groups, gather, number, scatter
+from puna.sparse.hashing import mix
 
 Floats = npt.NDArray[np.float32]
 

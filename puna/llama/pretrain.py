@@ -21,11 +21,14 @@ from puna.llama.shards import Shards
 from puna.train import mesh
 from puna.train.clipping import SpamClip, ZClip
 from puna.train.config import EvalConfig, HealthConfig, MeshConfig, ScheduleConfig, TrainConfig
+from puna.train.logits import measured
 from puna.train.mesh import Compute, Mesh
 from puna.train.optim import Average, LossScale, make_optimizers
 from puna.train.schedule import Schedule
 from puna.train.shared_memory import use_shared_memory
-from puna.train.task import Cursor, GradientTask
+from puna.train.task import Cursor, GradientTask, GradientUnit
+
+LOOK_TOKENS = 128  # of a forward for the health monitor
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,12 @@ class Pretrain(GradientTask):
         """Sum of the cross-entropies (nats) over the batch's targets."""
         batch = batch.to(self.place.device)
         return self.model(batch.tokens, batch.targets, mask=batch.mask)
+
+    def companions(self, unit: GradientUnit) -> dict[str, float]:
+        """Largest attention logit and log Z of the first tokens of the step."""
+        tokens = unit.batches[0].tokens[:1, :LOOK_TOKENS].to(self.place.device)
+        with torch.compiler.set_stance("force_eager") if self.train.compile else nullcontext():
+            return measured(self.model, self.config.head_dim, tokens)
 
     @torch.no_grad()
     def evaluate(self, split: str) -> dict[str, float]:

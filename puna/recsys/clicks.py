@@ -7,7 +7,6 @@ DIR/ids               little-endian int32, (samples, categorical features); 0 is
 DIR/maps/NAME.txt     the value of every id from 1 on, a line each; none where values were hashed or were ids already
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
+from puna.sparse.folder import check_sizes, read_manifest
 from puna.train.hashed import sha256_of
 
 FORMAT_VERSION = 1
@@ -55,23 +55,16 @@ class Clicks:
         path = folder / MANIFEST
         if not path.is_file():
             raise DataError(f"{folder} holds no clicks: there is no {path}", HOW)
-        try:
-            raw = json.loads(path.read_bytes())
-            version, files, count = raw["format_version"], raw["files"], raw["samples"]
-            dense, tables = tuple(raw["dense"]), tuple(raw["tables"])
-            rows, splits = tuple(raw["rows"]), {name: (a, b) for name, (a, b) in raw["splits"].items()}
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error})", "Import the clicks again.") from None
-        if version > FORMAT_VERSION:
-            raise DataError(f"{path} has format {version}; this Puna reads {FORMAT_VERSION}", "Use a newer Puna.")
-        for name, facts in files.items():
-            size = (folder / name).stat().st_size if (folder / name).is_file() else None
-            if size != facts["bytes"]:
-                found = "is missing" if size is None else f"has {size}"
-                raise DataError(f"{folder / name} should have {facts['bytes']} bytes and {found}", "Import again.")
+        return read_manifest(path, FORMAT_VERSION, lambda raw: cls._of(folder, raw), "Import the clicks again.")
+
+    @classmethod
+    def _of(cls, folder: Path, raw: dict[str, Any]) -> "Clicks":
+        dense, tables, count = tuple(raw["dense"]), tuple(raw["tables"]), raw["samples"]
+        check_sizes(folder, raw["files"])
         shapes = {"labels": (count,), "dense": (count, len(dense)), "ids": (count, len(tables))}
         columns = {name: _map(folder / name, COLUMNS[name], shape) for name, shape in shapes.items()}
-        return cls(folder, dense, tables, rows, splits, columns)
+        splits = {name: (first, last) for name, (first, last) in raw["splits"].items()}
+        return cls(folder, dense, tables, tuple(raw["rows"]), splits, columns)
 
     def count(self, split: str) -> int:
         """Samples of a split. Raises DataError where there is no such split."""

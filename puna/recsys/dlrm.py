@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from puna.recsys.compiled import Team
 from puna.recsys.config import DlrmConfig
 from puna.recsys.interaction import Products
 from puna.recsys.network import Network
+from puna.recsys.threads import Team
 
 
 class Dlrm(nn.Module):

@@ -7,12 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
-from puna.recsys.compiled import exact_kernel
 from puna.recsys.layouts import DENSE, HOUR, LABEL, Layout
 from puna.recsys.read import Block
+from puna.sparse import hashing
+from puna.sparse.compiled import exact_kernel
 
 MINUS, PLUS, DOT, ZERO, NINE = map(ord, "-+.09")
-_SEEDS = np.array([0x243F6A8885A308D3, 0x13198A2E03707344], np.uint64)
 
 
 def labels(block: Block, layout: Layout) -> npt.NDArray[np.uint8]:
@@ -139,39 +139,9 @@ def _weekday(day: int) -> int:
         return 0
 
 
-@exact_kernel
-def mix(x: Any) -> Any:
-    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@exact_kernel
-def _hash(data: Any, start: int, end: int, seed: Any) -> Any:
-    state = mix(seed ^ np.uint64(end - start))
-    word, filled = np.uint64(0), 0
-    for at in range(start, end):
-        word = (word << np.uint64(8)) | np.uint64(data[at])
-        filled += 1
-        if filled == 8:
-            state = mix(state ^ word) + seed
-            word, filled = np.uint64(0), 0
-    return mix(mix(state ^ word) + seed)
-
-
-@exact_kernel
-def _hashes(data: Any, bounds: Any, seeds: Any, out: Any) -> None:
-    for row in range(bounds.shape[0]):
-        for n in range(2):
-            out[row, n] = _hash(data, bounds[row, 0], bounds[row, 1], seeds[n])
-
-
 def hashes(block: Block, place: int) -> npt.NDArray[np.uint64]:
-    """(rows, 2): 128 bits of each field of a column; two of a billion values meet with a chance of 1e-21."""
-    found = np.empty((len(block), 2), np.uint64)
-    _hashes(block.data, block.column(place), _SEEDS, found)
-    return found
+    """(rows, 2): 128 bits of each field of a column."""
+    return hashing.hashes(block.data, block.bounds[:, place, 0], block.bounds[:, place, 1])
 
 
 def whole(block: Block, place: int, name: str, limit: int) -> npt.NDArray[np.int32]:

@@ -21,10 +21,10 @@ import numpy.typing as npt
 from puna.console import track
 from puna.errors import DataError
 from puna.recsys.clicks import COLUMNS, FORMAT_VERSION, MANIFEST
-from puna.recsys.compiled import exact_kernel
-from puna.recsys.fields import mix
 from puna.recsys.figures import auc, log_loss
 from puna.recsys.importing import write_last
+from puna.sparse.compiled import exact_kernel
+from puna.sparse.hashing import mix
 from puna.train.hashed import Hashed
 
 CHUNK = 1 << 16

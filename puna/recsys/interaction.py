@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.recsys.compiled import Team, exact_kernel
 from puna.recsys.network import padded
+from puna.recsys.threads import Team
+from puna.sparse.compiled import exact_kernel
 
 _ZERO = np.float32(0)
 

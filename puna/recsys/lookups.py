@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from puna.recsys.compiled import exact_kernel, kernel
-from puna.recsys.fields import mix
+from puna.sparse.compiled import exact_kernel, kernel
+from puna.sparse.hashing import mix
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from puna.recsys.compiled import Team, exact_kernel, kernel
+from puna.recsys.threads import Team
+from puna.sparse.compiled import exact_kernel, kernel
 
 LANES = 16
 _ZERO = np.float32(0)

@@ -3,25 +3,21 @@
 A block is bytes with the bounds of every field in them: field c of row r is data[bounds[r, c, 0] : bounds[r, c, 1]].
 """
 
-import bz2
-import gzip
-import lzma
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
-from puna.recsys.compiled import exact_kernel
 from puna.recsys.layouts import LEFT_OUT, Layout
+from puna.sparse.compiled import exact_kernel
+from puna.sparse.text import NEWLINE, RETURN, open_file, shown, told_of_damage, whole_lines
 
-BLOCK_BYTES = 8 << 20
 BLOCK_ROWS = 1 << 16
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-NEWLINE, RETURN, SPACE = ord("\n"), ord("\r"), ord(" ")
+SPACE = ord(" ")
 
 
 @dataclass(frozen=True)
@@ -67,32 +63,17 @@ def read(path: Path, layout: Layout) -> Iterator[Block]:
     if path.suffix == ".parquet":
         yield from _parquet(path, layout)
         return
-    reached = 0
-    try:
+    reached, again = 0, "Fetch it again; an import that was begun goes on from where it stands."
+    with told_of_damage(path, again, lambda: f" after line {reached:,}"):
         for block in _text(path, layout):
             reached = int(block.lines[-1]) if len(block) else reached
             yield block
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise
-        raise DataError(
-            f"{path} is damaged or cut short after line {reached:,}: {error}",
-            "Fetch it again; an import that was begun goes on from where it stands.",
-        ) from None
-
-
-def _open(path: Path) -> Any:
-    if path.suffix == ".zst":
-        from backports import zstd
-
-        return zstd.open(path, "rb")
-    return OPENERS.get(path.suffix, open)(path, "rb")
 
 
 def _text(path: Path, layout: Layout) -> Iterator[Block]:
     line, width = 1, len(layout.names)
-    with _open(path) as file:
-        for piece in _whole_lines(file):
+    with open_file(path) as file:
+        for piece in whole_lines(file):
             if line == 1 and (header := _header(path, piece, layout)):
                 piece, line = piece[header:], 2
             data = np.frombuffer(piece, np.uint8)
@@ -103,18 +84,6 @@ def _text(path: Path, layout: Layout) -> Iterator[Block]:
                 raise _wrong_row(path, int(lines[count]), piece, bad, layout)
             yield Block(path, data, bounds[:count], lines[:count])
             line += num_lines
-
-
-def _whole_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """Whole lines, some megabytes at a time; the last one ends in a newline too."""
-    rest = b""
-    while data := file.read(BLOCK_BYTES):
-        whole, newline, after = (rest + data).rpartition(b"\n")
-        if newline:
-            yield whole + newline
-        rest = after
-    if rest:
-        yield rest + b"\n"
 
 
 def _header(path: Path, piece: bytes, layout: Layout) -> int:
@@ -174,11 +143,10 @@ def _split(data: Any, separator: int, first: int, bounds: Any, lines: Any) -> An
 def _wrong_row(path: Path, line: int, piece: bytes, start: int, layout: Layout) -> DataError:
     text = piece[start : piece.index(b"\n", start)].decode("utf-8", "replace").rstrip("\r")
     found, wanted = len(text.split(layout.delimiter)), len(layout.names)
-    shown = text if len(text) <= 80 else f"{text[:77]}..."
     lacks = f"; the first column it lacks is {layout.names[found]}" if found < wanted else ""
     return DataError(
         f"{path}, line {line:,} has {found} columns where {wanted} were expected between {layout.delimiter!r}{lacks}: "
-        f"{shown!r}",
+        f"{shown(text)!r}",
         "Mend the line, or describe the columns with --columns and what parts them with --delimiter.",
     )
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from puna.recsys import lookups
 from puna.recsys.alltoall import Blocks, Exchange, Pending
-from puna.recsys.compiled import Team
 from puna.recsys.placement import EVERYWHERE, Shard
 from puna.recsys.table_store import TableStore
+from puna.recsys.threads import Team
 from puna.recsys.wires import Block
 from puna.train.task import Rows, State
 

@@ -19,12 +19,12 @@ from puna.errors import DataError, RecipeError
 from puna.recsys.adapt import Bounds, homogenisation
 from puna.recsys.alltoall import Exchange
 from puna.recsys.clicks import Clicks, Samples
-from puna.recsys.compiled import Team, keep_memory
 from puna.recsys.config import DlrmConfig, ExchangeConfig
 from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import figures
 from puna.recsys.placement import loads, place
 from puna.recsys.tables import Lookup, Tables, _key
+from puna.recsys.threads import Team, keep_memory
 from puna.recsys.wires import make_wire
 from puna.train import mesh
 from puna.train.config import ScheduleConfig, TrainConfig

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
-from puna.recsys.compiled import exact_kernel
 from puna.recsys.fields import hashes
 from puna.recsys.read import Block
+from puna.sparse.compiled import exact_kernel
 
 NONE = 0
 """The id of an empty field, and later of every value without a row of its own."""

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from puna.recsys.compiled import exact_kernel, kernel
-from puna.recsys.fields import mix
+from puna.sparse.compiled import exact_kernel, kernel
+from puna.sparse.hashing import mix
 
 HALF_MAX = 65_504.0
 Rows = npt.NDArray[np.float32]

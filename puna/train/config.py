@@ -150,6 +150,9 @@ class HealthConfig(Section):
     )
     record_every: int = setting(20, "steps between health records", "steps", ge=1)
     histogram_every: int = setting(50, "steps between histograms of the update", "steps", ge=1)
+    logits_every: int = setting(
+        50, "steps between looks at attention logits and log Z, on a few tokens; 0: none", "steps", ge=0
+    )
     settle: int = setting(50, "steps after an announced change with thresholds of the update doubled", "steps", ge=0)
     hold: int = setting(50, "steps without evidence before the state falls back", "steps", ge=1)
     surprise: float = setting(

@@ -27,7 +27,7 @@ class Oversight:
     ) -> None:
         for optimizer in optimizers.values():
             make_state(optimizer)
-        self._optimizers, self._tokens = dict(optimizers), 0
+        self._optimizers, self._tokens, self._logits_every = dict(optimizers), 0, config.logits_every
         self._records: list[dict[str, Any]] = []
         self.controller = Controller(config, limits) if config.act else None
         self.monitor = HealthMonitor(optimizers, modules, config, emit=self._records.append, actor=self.controller)
@@ -43,6 +43,15 @@ class Oversight:
         if recovery.reset:
             self._begin_anew()
         return recovery
+
+    def looks_beside(self, step: int) -> bool:
+        """Whether attention logits and log Z are looked at before this step."""
+        return bool(self._logits_every) and step % self._logits_every == 0
+
+    def beside(self, companions: Mapping[str, float]) -> None:
+        """Figures of this step beside Adam's."""
+        for name, value in companions.items():
+            self.monitor.companion(name, value)
 
     def judge(self, step: int, loss: float, norm: float, blame: str = "") -> Verdict:
         """Whether a step is taken, once its gradients are there. blame: what is not finite and where, in words."""

@@ -210,6 +210,8 @@ class GradientTask(Task):
         """
         weight = self._global_weight(unit)
         lr = self._set_learning_rate(unit)
+        if self._oversight and self._oversight.looks_beside(unit.cursor.units + 1):
+            self._oversight.beside(self.companions(unit))
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         losses = self.accumulate(unit, scale * mesh.world_size() / weight)
         loss_sum, norm = self._vote(losses, scale)
@@ -238,6 +240,11 @@ class GradientTask(Task):
             (loss * factor).backward()
         self._average_plain_gradients()
         return losses
+
+    def companions(self, unit: GradientUnit) -> dict[str, float]:
+        """Figures beside Adam's that the health monitor knows ("max_logit", "z"), the same on every rank; before the
+        forward of a step, now and then."""
+        return {}
 
     def samples(self, unit: GradientUnit) -> list[Any]:
         """The ids of its micro-batches."""

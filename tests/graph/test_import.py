@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from puna.errors import DataError
-from puna.graph import read as reading
 from puna.graph import walks as walking
 from puna.graph.graph import Graph
 from puna.graph.importing import import_graph
 from puna.graph.walks import Walks
+from puna.sparse import text as reading
 
 LINES = ["anna\tknows\tbert", "bert\tknows\tcarl", "carl\tlikes\tanna", "anna\tlikes\tanna"]
 

@@ -131,7 +131,7 @@ def test_an_import_goes_on_where_it_was_cut_short(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     lines = [f"{rng.integers(2)},{rng.integers(99)},c{rng.integers(50)},s{rng.integers(900)}" for _ in range(5000)]
     path = write(tmp_path, lines)
-    monkeypatch.setattr("puna.recsys.read.BLOCK_BYTES", 1 << 12)
+    monkeypatch.setattr("puna.sparse.text.BLOCK_BYTES", 1 << 12)
     monkeypatch.setattr(importing, "JOURNAL_BLOCKS", 3)
     import_clicks({"train": [path]}, tmp_path / "straight", SMALL, Options(min_count=3, test_share=0.1))
     real, calls = importing._Stage._append, []

@@ -10,7 +10,6 @@ import torch
 from puna.errors import DataError, RecipeError
 from puna.recsys.adapt import Bounds, classify, factor, homogenisation
 from puna.recsys.clicks import Clicks
-from puna.recsys.compiled import Team
 from puna.recsys.config import ExchangeConfig
 from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import auc, figures
@@ -18,6 +17,7 @@ from puna.recsys.generator import KAGGLE_ROWS, TERABYTE_ROWS, generate, zipf
 from puna.recsys.interaction import Products
 from puna.recsys.network import Network
 from puna.recsys.placement import EVERYWHERE, loads, place
+from puna.recsys.threads import Team
 
 
 @pytest.mark.parametrize("how", ["auto", "table", "row", "column", "data"])

@@ -74,7 +74,7 @@ def test_twenty_kills(seed: int, shards: Path, straight: list[float], tmp_path: 
     kill_and_resume(5, seed, tmp_path / "run", shards, straight)
 
 
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("size", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_another_number_of_processes(size: int, shards: Path, straight: list[float], tmp_path: Path) -> None:
     """Saved by two processes, gone on with one or four: 1e-5 relative."""
     run = tmp_path / "run"

@@ -100,7 +100,7 @@ def of_kind(result: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
         ("pair", "fully"),
         ("pair", "columns"),
         ("ranks", "fully"),
-        ("ranks", "hybrid"),
+        pytest.param("ranks", "hybrid", marks=SLOW),
         pytest.param("ranks", "columns", marks=SLOW),
     ],
 )

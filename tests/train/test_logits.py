@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from puna.train.config import HealthConfig
 from puna.train.health import HealthMonitor
-from puna.train.logits import LogitWatch
+from puna.train.logits import LogitWatch, measured
 
 HEADS, SHARED, HEAD_DIM, VOCABULARY = 4, 2, 8, 30
 
@@ -91,3 +91,11 @@ def test_other_steps_and_evaluations_cost_nothing() -> None:
     assert monitor._given == {}
     model(torch.zeros(1, 4, dtype=torch.long))
     assert set(monitor._given) == {"max_logit", "z"}
+
+
+def test_a_look_of_its_own_bounds_the_logits_and_leaves_no_hook() -> None:
+    model, tokens = Model(normed=False), torch.arange(12)[None]
+    found = measured(model, HEAD_DIM, tokens)
+    assert model.attention.largest <= found["max_logit"] <= 6 * model.attention.largest + 1
+    assert found["z"] == pytest.approx(model(tokens).logsumexp(-1).mean().item(), rel=1e-5)
+    assert not any(module._forward_hooks for module in model.modules())

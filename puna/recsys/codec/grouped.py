@@ -12,7 +12,8 @@ from puna.recsys.codec.frequencies import MAX_CODES, fit, get_model, put_model
 from puna.recsys.codec.groups import NUM_BINS, group_rows
 from puna.recsys.codec.scratch import Scratch
 
-_GROUP_BITS = 5
+_GROUP_BITS: Any = np.int64(5)  # of a type: Numba compiles what is called with a literal anew
+_ZERO: Any = np.int64(0)
 _LONGEST_LEVEL = 5  # bytes
 DAMAGED = -1
 
@@ -97,7 +98,7 @@ def _plan(
 ) -> Any:
     num_groups = group_rows(codes, num_codes, centre, labels, counts, sizes)
     levels = np.empty(MAX_CODES, np.int64)
-    at, total = put(models, 0, _GROUP_BITS, num_groups), 0.0
+    at, total = put(models, _ZERO, _GROUP_BITS, num_groups), 0.0
     if num_groups > 1:
         for g in range(num_groups):
             counts[num_groups, g] = sizes[g]
@@ -120,7 +121,7 @@ def _width(num_codes: int) -> int:
 
 @kernel
 def _models(data: Any, num_codes: int, levels: Any, frequencies: Any) -> Any:
-    num_groups, at = get(data, 0, _GROUP_BITS), _GROUP_BITS
+    num_groups, at = get(data, _ZERO, _GROUP_BITS), _GROUP_BITS
     if num_groups < 1 or num_groups > NUM_BINS:
         return DAMAGED, 0
     if num_groups > 1:
@@ -154,7 +155,7 @@ def _decode(
     codes: Any, width: int, num_codes: int, labels: Any, sizes: Any, frequencies: Any, table: Any, states: Any,
     words: Any,
 ) -> int:  # fmt: skip
-    num_groups, at = sizes.shape[0], 0
+    num_groups, at = sizes.shape[0], _ZERO
     if num_groups > 1:
         at = _block(labels, num_groups, frequencies[num_groups], table, states, words, at)
     else:

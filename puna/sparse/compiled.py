@@ -1,5 +1,5 @@
 """How kernels are compiled: by Numba, without the interpreter's lock, kept on disk. None starts threads of its own:
-workers are threads that call kernels, so no threading layer is ever loaded."""
+the callers' threads call kernels, so no threading layer is ever loaded."""
 
 from collections.abc import Callable
 from functools import partial

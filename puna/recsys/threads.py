@@ -1,27 +1,14 @@
-"""How kernels are compiled: by Numba, without the interpreter's lock, kept on disk; and how they share the cores.
-
-Kernels start no threads of their own: `Team` calls them on parts of the work from a few threads.
-"""
+"""How kernels share the cores: they start no threads of their own, `Team` calls them on parts of the work."""
 
 import ctypes
 import os
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any
 
 import torch
-from numba import njit
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-FAST = {"reassoc", "contract", "arcp", "nsz"}
-"""Freedom that turns loops into vector code; NaN and infinity keep their meaning."""
-
-_compile: Callable[..., Any] = partial(njit, nogil=True, cache=True, error_model="numpy")
-exact_kernel = _compile()
-"""For whole numbers, and where the last bit matters."""
-kernel = _compile(fastmath=FAST)
 
 
 def keep_memory() -> None:
