@@ -21,7 +21,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
@@ -30,11 +29,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machine
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("BLOSC_NTHREADS", "1")
 
 import codec_peers
-import numba
 import numpy as np
 import torch
 from codec_slices import Table, kaggle_bound, read_slices, seeded_slices
@@ -229,12 +229,8 @@ def main() -> None:
         "published_scheme_harmonic_ratio": harmonic(largest, "published", False),
         "missing_peers": missing,
         "cells": cells,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "numba": numba.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
     }
-    print(json.dumps(result))
+    print(json.dumps(result | machine.facts()))
 
 
 def by_width(tables: list[Table]) -> dict[int, list[Table]]:

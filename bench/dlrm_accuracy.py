@@ -13,13 +13,13 @@ done: a command that is given again goes on.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 import torch
 
@@ -210,8 +210,7 @@ def main() -> None:
     if args.data:
         result["real"] = real(args)
     result |= {"train": args.train, "test": args.test, "seeds": args.seeds, "backward_bound": args.backward}
-    result |= {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
-    print(json.dumps(result))
+    print(json.dumps(result | machine.facts()))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ at once in the same namespaces. bytes: what the exchange says it sent, over what
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import socket
@@ -34,6 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -376,10 +376,8 @@ def main() -> None:
         "bytes": {name: facts["said"] / facts["seen"] for name, facts in alone.items()},
         "ratio_forward": alone["raw"]["said"] / alone["forward"]["said"] if "forward" in names else None,
         "ranks": args.ranks,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
     }
-    print(json.dumps(result))
+    print(json.dumps(result | machine.facts()))
 
 
 if __name__ == "__main__":

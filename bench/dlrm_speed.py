@@ -14,7 +14,6 @@ clicks, and Puna in both dtypes, and compares AUC.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 from puna.recsys.clicks import Clicks
@@ -135,13 +135,7 @@ def main() -> None:
         result = compare(args, clicks) if args.rounds else {}
         if args.auc:
             result |= accuracy(args, clicks)
-    result |= {
-        "threads": args.threads,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(json.dumps(result))
+    print(json.dumps(result | {"threads": args.threads} | machine.facts()))
 
 
 if __name__ == "__main__":

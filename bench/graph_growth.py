@@ -12,11 +12,11 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import numpy as np
 from graph_partitions import CANDIDATES, SEED, SETTINGS
 
@@ -95,9 +95,8 @@ def main() -> None:
         "seconds": {"first": first_s, "after": after_s, "whole": whole_s},
         "epochs": args.epochs,
         "threads": args.threads,
-        "machine": platform.processor() or platform.machine(),
     }
-    print(json.dumps(result))
+    print(json.dumps(result | machine.facts()))
 
 
 if __name__ == "__main__":

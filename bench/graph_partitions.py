@@ -12,7 +12,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -20,9 +19,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numba
+import machine
 import numpy as np
-import torch
 
 from puna import recipe, run
 from puna.graph.graph import Graph
@@ -140,11 +138,8 @@ def main() -> None:
         "time_ratio": last["train_s"] / first["train_s"],
         "cpu_ratio": last["cpu_s"] / first["cpu_s"],
         "threads": args.threads,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "numba": numba.__version__,
     }
-    print(json.dumps(result))
+    print(json.dumps(result | machine.facts()))
 
 
 if __name__ == "__main__":

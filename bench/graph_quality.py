@@ -11,8 +11,6 @@ training alone, memory the largest that the training process had; the last line 
 import argparse
 import datetime
 import json
-import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -20,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import machine
 
 from puna.train.metrics import read_events
 
@@ -96,13 +96,12 @@ def main() -> int:
         "command": f"python bench/graph_quality.py {args.recipe} --seeds {args.seeds} {' '.join(overrides)}".strip(),
         "commit": commit.stdout.strip(),
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores",
         "seeds": found,
         "mean": {
             kind: {name: statistics.fmean(one[kind][name] for one in found) for name in FIGURES}
             for kind in ("filtered", "raw")
         },
-    }
+    } | machine.facts()
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))

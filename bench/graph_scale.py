@@ -13,7 +13,6 @@ again: a run that was cut short goes on.
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import rmat
 
 from puna.graph.config import num_bytes
@@ -187,9 +187,8 @@ def main() -> None:
         "growth_of_table": growth / table,
         "allowed_of_table": (held + 0.3) / parts,
         "threads": args.threads,
-        "machine": platform.processor() or platform.machine(),
     }
-    print(json.dumps(result))
+    print(json.dumps(result | machine.facts()))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ Peers' Python: --peer-python for PyTorch-BigGraph (torch, h5py, attrs, tqdm); --
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numba
+import machine
 import numpy as np
 import torch
 
@@ -261,14 +260,7 @@ def main() -> None:
         names = [name for name in args.shapes.split(",") if peers.has(SHAPES[name])]
         result["mrr"] = {name: compare_mrr(name, peers, graph, args) for name in names}
         result["mrr_epochs"] = args.mrr_epochs
-    result |= {
-        "threads": args.threads,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "numba": numba.__version__,
-        "python": platform.python_version(),
-    }
-    print(json.dumps(result))
+    print(json.dumps(result | {"threads": args.threads} | machine.facts()))
 
 
 def timed(args: argparse.Namespace, peers: Peers, edges: Edges) -> dict[str, Any]:

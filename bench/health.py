@@ -9,11 +9,10 @@ Labels come from the loss alone (puna/lab/adam_labels.py). A run is a file in --
 
 import argparse
 import json
-import platform
 from pathlib import Path
 from typing import Any
 
-import torch
+import machine
 from rich.table import Table
 
 from puna.console import out
@@ -47,7 +46,7 @@ def main() -> None:
     if options.rescue:
         diverging = [spec for spec, one in zip(specs, outcomes, strict=True) if one.diverging]
         result["rescue"] = adam_rescue.rescue(diverging, options.out, options.workers)
-    result |= {"runs": [one.as_json() for one in outcomes]} | versions()
+    result |= {"runs": [one.as_json() for one in outcomes]} | machine.facts()
     if not options.json:
         print_tables(result)
     print(json.dumps(result))
@@ -77,10 +76,6 @@ def print_tables(result: dict[str, Any]) -> None:
             out().print(f"{key}: {value}")
     for arm, row in result.get("rescue", {}).items():
         out().print(f"{arm}: {row}")
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
 
 
 if __name__ == "__main__":

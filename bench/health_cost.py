@@ -13,7 +13,6 @@ import argparse
 import hashlib
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import machine
 import torch
 from torch import Tensor
 from train_throughput import BATCH, SEQ_LEN, SHAPE, Bench, unit
@@ -187,10 +187,7 @@ def main() -> None:
     )
     result |= {
         "num_threads": args.threads,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    } | machine.facts()
     if not args.json:
         for key, value in result.items():
             print(f"{key}: {value}", file=sys.stderr)

@@ -6,11 +6,12 @@ largest resident size while it ran minus the resident size just before. The grad
 
 import argparse
 import json
-import platform
 import resource
 import subprocess
 import sys
 import time
+
+import machine
 
 TOKENS, VOCAB, DIM = 4_096, 128_256, 512
 
@@ -32,13 +33,12 @@ def main() -> None:
         "chunked_seconds": chunked["seconds"],
         "loss_rel_diff": abs(chunked["loss"] - naive["loss"]) / naive["loss"],
         "tokens": TOKENS, "vocab_size": VOCAB, "dim": DIM, "dtype": "float32",
-        "num_threads": naive["num_threads"], "machine": processor(),
-        "python": platform.python_version(), "torch": naive["torch"],
+        "num_threads": naive["num_threads"],
     }  # fmt: skip
     if not options.json:
         for side in (naive, chunked):
             print(f"{side['side']:8} {side['bytes'] / 1e6:8.0f} MB {side['seconds']:6.1f} s")
-    print(json.dumps(result))
+    print(json.dumps(result | machine.facts()))
 
 
 def in_fresh_process(side: str) -> dict:
@@ -69,18 +69,13 @@ def measure(side: str) -> dict:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "side": side, "bytes": peak - before, "seconds": round(seconds, 2), "loss": loss.item(),
-        "num_threads": torch.get_num_threads(), "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
 def resident_bytes() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
-
-
-def processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
 
 
 if __name__ == "__main__":

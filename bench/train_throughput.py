@@ -13,7 +13,6 @@ Then one process with two threads against two processes with one thread each und
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
+import machine
 import torch
 from torch import Tensor
 
@@ -243,17 +243,18 @@ def main() -> None:
         parts["fsdp2"] = fsdp2(args.rounds, 8)
     bf16, fp32 = parts.get("bf16", {}), parts.get("fp32", {})
     keys = ("ratio_vs_eager", "ratio_vs_compiled", "ratio_vs_best")
-    result = {key: bf16[key]["median"] if bf16 else None for key in keys} | {
-        "mfu_vs_measured_peak": bf16.get("mfu_vs_measured_peak"),
-        "fp32_ratio_vs_best": fp32["ratio_vs_best"]["median"] if fp32 else None,
-        "fp32_mfu_vs_measured_peak": fp32.get("mfu_vs_measured_peak"),
-        "fsdp2_ratio": parts["fsdp2"]["median"] if "fsdp2" in parts else None,
-        "bf16_not_run": "bf16 matrices multiply slower than fp32 ones on this machine" if slow else None,
-        "detail": parts,
-        "machine": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    result = (
+        {key: bf16[key]["median"] if bf16 else None for key in keys}
+        | {
+            "mfu_vs_measured_peak": bf16.get("mfu_vs_measured_peak"),
+            "fp32_ratio_vs_best": fp32["ratio_vs_best"]["median"] if fp32 else None,
+            "fp32_mfu_vs_measured_peak": fp32.get("mfu_vs_measured_peak"),
+            "fsdp2_ratio": parts["fsdp2"]["median"] if "fsdp2" in parts else None,
+            "bf16_not_run": "bf16 matrices multiply slower than fp32 ones on this machine" if slow else None,
+            "detail": parts,
+        }
+        | machine.facts()
+    )
     if not args.json:
         for key, value in result.items():
             print(f"{key}: {value}", file=sys.stderr)
