@@ -30,7 +30,7 @@ long-%: $(VENV)/dev.stamp
 	  --runs runs/quality --seeds $(SEEDS) --out bench/results/graph_$(subst -,_,$*).json
 
 # As many processes as cores, four at most; tests/conftest.py says what stays in one of them.
-PYTEST := $(RUN) pytest -q -n auto --maxprocesses 4 --dist loadgroup
+PYTEST := $(RUN) pytest -q -n auto --maxprocesses 4
 
 test: lint
 	$(PYTEST)

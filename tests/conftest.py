@@ -2,23 +2,24 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
-COMPILING = ("graph", "recsys")
+COMPILING = ("tests/graph/", "tests/recsys/")
 """Rooms whose kernels are compiled on first use: one process compiles them, not several at once."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, those of a file stay together, and those of a compiling room.
+class ByFile(LoadScopeScheduling):
+    """Where tests run in several processes, those of a file stay together, and those of a compiling room."""
 
-    First, because xdist's own hook reads the mark.
-    """
-    for item in items:
-        place = item.path.relative_to(Path(__file__).parent)
-        group = place.parts[0] if place.parts[0] in COMPILING else str(place)
-        item.add_marker(pytest.mark.xdist_group(group))
+    def _split_scope(self, nodeid: str) -> str:
+        return next((room for room in COMPILING if nodeid.startswith(room)), nodeid.split("::")[0])
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
