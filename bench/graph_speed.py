@@ -207,7 +207,7 @@ def random_edges() -> Edges:
 def mrr_of(config: GraphConfig, graph: Graph, limit: int, nodes: Any, relations: Iterable[Any]) -> float:
     """Filtered MRR of the first `limit` test edges under a model: nodes (N, D), relations' tables by side."""
     sides = [Relations(np.ascontiguousarray(table), np.zeros(0, np.float32)) for table in relations]
-    scorer = Scorer(config, graph, lambda part: nodes, sides)
+    scorer = Scorer(config, graph, lambda part, rows=slice(None): nodes[rows], sides)
     figures = rank(scorer, graph.edges("test").take(slice(limit))).figures()
     return float(figures["filtered"]["mrr"])
 
