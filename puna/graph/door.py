@@ -37,6 +37,7 @@ class Guest:
     name: str  # host and process
     answers: "queue.Queue[Answer]" = field(default_factory=queue.Queue)
     held: dict[int, int] = field(default_factory=dict)  # versions of the partitions that it has in memory
+    dismissed: bool = False
     gone: bool = False
 
 
@@ -99,14 +100,17 @@ class Door:
         self._attend(guest, buckets)
 
     def _exchange(self, guest: Guest, link: Link) -> None:
+        why = ""
         try:
             self._parameters.serve(link)
         except Lost as lost:
-            self.events.put(Event("gone", guest, {"why": str(lost)}))
+            why = str(lost)
+        self.events.put(Event("gone", guest, {"why": why}))
 
     def _attend(self, guest: Guest, link: Link) -> None:
+        why = ""
         try:
-            while True:
+            while not guest.dismissed:
                 words = link.hear()
                 parts = {partition: self._room(partition) for partition in sorted(set(words.get("bucket", ())))}
                 for part in parts.values():
@@ -116,10 +120,10 @@ class Door:
                 link.tell(answer.words)
                 for part in answer.parts:
                     link.send(part.vectors, part.sums)
-                if answer.words["unit"] is None:
-                    return self.events.put(Event("gone", guest, {"why": ""}))
+                guest.dismissed = answer.words["unit"] is None
         except Lost as lost:
-            self.events.put(Event("gone", guest, {"why": str(lost)}))
+            why = str(lost)
+        self.events.put(Event("gone", guest, {"why": why}))
 
 
 def wait_for(events: "queue.Queue[Event]", seconds: float) -> Event | None:

@@ -65,8 +65,6 @@ def test_as_many_train_as_there_are_pairs_of_partitions(parts):
     """Once all partitions are trained, and not before."""
     order = order_buckets("inside_out", parts, np.random.default_rng(0))
     cross = [(i, j) for i, j in order if i != j]
-    begun = [who for who in range(parts) if Locks(cross).acquire(who)]
-    assert len(begun) == parts
     locks = Locks(cross)
     assert [locks.acquire(who) is not None for who in range(3)] == [True, False, False]
     locks = Locks(cross, (), range(parts))
