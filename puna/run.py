@@ -103,7 +103,7 @@ def prepare(loaded: Loaded, run: Path) -> None:
 def train_graph(loaded: Loaded, run: Path, rank: int) -> None:
     """Train a graph, in this process or by several trainers; with graph.memory, in the partitions that fit it.
 
-    Raises DataError (no graph), RecipeError (too little memory, too few partitions, another graph.start), and as `train`.
+    Raises DataError (no graph), RecipeError (too little memory, too few partitions, another graph.start).
     """
     from puna.graph.graph import Graph
 
@@ -205,12 +205,13 @@ def graph_role(recipe: Recipe, run: Path) -> None:
     agreed = {key: value for key, value in recipes.flat(recipe).items() if key.startswith(AGREED)}
     agreed |= code_version() | {name: entry["sha256"] for name, entry in graph.files.items()}
     if meeting.rank:
+        with tempfile.TemporaryDirectory(prefix="puna-") as scratch:  # only the server writes the run directory
 
-        def make() -> Trainer:
-            job, options = graph_job(recipe, run)
-            return Trainer(*job, **(options | {"num_threads": threads, "eval_edges": 0}))
+            def make() -> Trainer:
+                job, options = graph_job(recipe, Path(scratch))
+                return Trainer(*job, **(options | {"num_threads": threads, "eval_edges": 0}))
 
-        train_as_told(meeting, agreed, graph.folder, make)
+            train_as_told(meeting, agreed, graph.folder, make)
         return
     with open_mesh(recipe.run, recipe.mesh) as place, watch(run, recipe.run):
         job, options = graph_job(recipe, run)

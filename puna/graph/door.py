@@ -1,4 +1,4 @@
-"""Where trainers come in: each has two links, one for buckets and one for parameters, and two threads that wait on them.
+"""Where trainers come in: each has two links, for buckets and for parameters, and two threads that wait on them.
 
 Threads only move bytes. What trainers ask for becomes a queue of events, which one thread answers.
 """

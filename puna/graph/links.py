@@ -5,7 +5,8 @@ A group of all processes would not do: gloo ends every operation of a group when
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -55,8 +56,9 @@ class Meeting:
         return cls(int(found["RANK"]), "", found["MASTER_ADDR"], int(found["MASTER_PORT"]), hosted, attempt)
 
     def open(self) -> dist.Store:
-        """A client of the store, for one thread: it does one thing at a time. Raises Lost where it cannot be reached."""
-        return dist.PrefixStore(f"graph-{self.attempt}", _told(self._store))
+        """A client of the store for one thread: it does one thing at a time. Raises Lost where it cannot be reached."""
+        with _as_lost():
+            return dist.PrefixStore(f"graph-{self.attempt}", self._store())
 
     def keep(self) -> dist.Store | None:
         """On rank 0, before anything else: keep the store while the result is referred to. Raises DeviceError."""
@@ -86,22 +88,22 @@ class Link:
         """Returns when both ends, 0 and 1, are there. seconds: longest wait of what has no limit of its own."""
         prefixed, limit = dist.PrefixStore(name, store), timedelta(seconds=seconds)
         self._other = 1 - end
-        self._group = _told(lambda: dist.ProcessGroupGloo(prefixed, end, 2, limit))
+        with _as_lost():
+            self._group = dist.ProcessGroupGloo(prefixed, end, 2, limit)
 
     def send(self, *arrays: npt.NDArray[Any]) -> None:
         """Arrays whose shapes and dtypes the other end knows."""
         for array in arrays:
             if array.size:
-                tensor = torch.from_numpy(array)
-                _told(lambda tensor=tensor: self._group.send([tensor], self._other, 0).wait())
+                with _as_lost():
+                    self._group.send([torch.from_numpy(array)], self._other, 0).wait()
 
     def receive(self, *arrays: npt.NDArray[Any], seconds: float = FOREVER) -> None:
         """Fill arrays with what the other end sends, each within `seconds`."""
         for array in arrays:
             if array.size:
-                tensor = torch.from_numpy(array)
-                limit = timedelta(seconds=seconds)
-                _told(lambda tensor=tensor: self._group.recv([tensor], self._other, 0).wait(limit))
+                with _as_lost():
+                    self._group.recv([torch.from_numpy(array)], self._other, 0).wait(timedelta(seconds=seconds))
 
     def tell(self, words: Any) -> None:
         """Send JSON."""
@@ -117,10 +119,11 @@ class Link:
         return json.loads(data.tobytes())
 
 
-def _told(act: Callable[[], Any]) -> Any:
+@contextmanager
+def _as_lost() -> Iterator[None]:
     """What gloo and the stores say of another process's absence, as Lost."""
     try:
-        return act()
+        yield
     except RuntimeError as error:
         raise Lost(_short(error)) from None
 

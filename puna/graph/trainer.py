@@ -37,7 +37,7 @@ def train(meeting: Meeting, facts: Mapping[str, Any], folder: Path, make: Callab
             trainer.work(buckets, parameters, wish)
     except Lost as lost:
         time.sleep(LAST_WORDS_SECONDS)
-        raise RankFailed(f"the server of the run, met at {meeting}, is not there or has given this trainer up: {lost}")
+        raise RankFailed(f"the server met at {meeting} is not there, or has given this trainer up ({lost})") from None
 
 
 def _join(meeting: Meeting, facts: Mapping[str, Any]) -> tuple[Link, Link]:

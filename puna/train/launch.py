@@ -69,10 +69,11 @@ def launch(
         resolve(target)(*arguments)
         return
     (run / "logs").mkdir(parents=True, exist_ok=True)
+    job = _Job([target, *arguments], _places(roles), run, num_threads, helpers, max_restarts)
     for restart in range(max_restarts + 1):
         signals: list[int] = []
         try:
-            _launch_once([target, *arguments], _places(roles), run, num_threads, restart, signals, helpers, max_restarts)
+            _launch_once(job, restart, signals)
             return
         except (RankFailed, Hung) as error:
             if signals or restart == max_restarts:
@@ -80,37 +81,38 @@ def launch(
             err.print(f"{error}\nrestart {restart + 1} of {max_restarts}", markup=False, soft_wrap=True)
 
 
-def _launch_once(
-    words: list[str],
-    places: list[dict[str, Any]],
-    run: Path,
-    num_threads: int,
-    restart: int,
-    signals: list[int],
-    helpers: Container[str],
-    max_restarts: int,
-) -> None:
-    meeting = Path(tempfile.mkdtemp(prefix="puna-"))
-    workers: list[_Worker] = []
+@dataclass(frozen=True)
+class _Job:
+    words: list[str]
+    places: list[dict[str, Any]]
+    run: Path
+    num_threads: int
+    helpers: Container[str]
+    max_restarts: int
 
-    def start(place: dict[str, Any]) -> _Worker:
-        environment = _environment(place | {"TORCHELASTIC_RESTART_COUNT": restart}, num_threads, meeting)
-        worker = _start(place["RANK"], words, environment, run, meeting)
-        worker.helps = place["ROLE_NAME"] in helpers
+    def start(self, place: dict[str, Any], restart: int, meeting: Path) -> _Worker:
+        """The process of one place."""
+        environment = _environment(place | {"TORCHELASTIC_RESTART_COUNT": restart}, self.num_threads, meeting)
+        worker = _start(place["RANK"], self.words, environment, self.run, meeting)
+        worker.helps = place["ROLE_NAME"] in self.helpers
         return worker
 
+
+def _launch_once(job: _Job, restart: int, signals: list[int]) -> None:
+    meeting = Path(tempfile.mkdtemp(prefix="puna-"))
+    workers: list[_Worker] = []
     try:
         with _signals_passed_to(workers, signals):
-            for place in places:
-                workers.append(start(place))
-            left = iter(range(max_restarts))
+            for place in job.places:
+                workers.append(job.start(place, restart, meeting))
+            left = iter(range(job.max_restarts))
             while dead := _watch(workers):
                 workers.remove(dead)
                 again = not signals and next(left, None) is not None
                 goes_on = "it is started again" if again else "the others go on"
                 err.print(f"rank {dead.rank} {_ending(dead)}; {goes_on}", markup=False, soft_wrap=True)
                 if again:
-                    workers.append(start(places[dead.rank]))
+                    workers.append(job.start(job.places[dead.rank], restart, meeting))
                 elif not any(worker.helps for worker in workers):
                     _raise_for([dead], workers)
     finally:

@@ -1,5 +1,7 @@
 """The lock server's rules, over random schedules of trainers that come, train, die and return."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -9,42 +11,41 @@ from puna.graph.locks import Locks
 NUM_SCHEDULES = 10_000
 
 
-def some_buckets(rng, parts):
-    """Buckets that have edges: all, or some of them, in one of the orders."""
-    kind = ("inside_out", "outside_in", "affinity", "random")[int(rng.integers(4))]
-    order = order_buckets(kind, parts, rng)
-    share = rng.choice([0.3, 0.7, 1.0])
-    return [bucket for bucket in order if rng.random() <= share] or order[:1]
+def orders():
+    """Some of the orders of buckets, of one to five partitions."""
+    rng = np.random.default_rng(0)
+    kinds = ("inside_out", "outside_in", "affinity", "random")
+    return [(parts, order_buckets(kind, parts, rng)) for parts in range(1, 6) for kind in kinds for _ in range(5)]
 
 
-def play(rng, parts, trainers, crash):
-    """A round from its first bucket to its last, with every step chosen at random; how many were given up."""
-    order = some_buckets(rng, parts)
-    done = order[: int(rng.integers(len(order)))] if rng.random() < 0.2 else []
-    locks = Locks(order, done, {part for bucket in done for part in bucket})
+def play(chance, parts, order, trainers, crash):
+    """A round from its first bucket to its last, with every step chosen at random; how many buckets were given up."""
+    share = chance.choice([0.3, 0.7, 1.0])
+    order = [bucket for bucket in order if chance.random() <= share] or order[:1]  # the others have no edges
+    done = order[: chance.randrange(len(order))] if chance.random() < 0.2 else []
     trained = {part for bucket in done for part in bucket}
-    at_work, finished, lost, asked_in_vain = {}, list(done), 0, set()
+    locks = Locks(order, done, trained)
+    at_work, finished, lost = {}, list(done), 0
     while not locks.over:
-        who = int(rng.integers(trainers))
+        who = chance.randrange(trainers)
         if who not in at_work:
-            bucket = locks.acquire(who, rng.integers(parts, size=2).tolist())
+            idle = set(order).difference(finished, at_work.values())
+            bucket = locks.acquire(who, {chance.randrange(parts)})
             if bucket is None:
-                asked_in_vain.add(who)
-                assert at_work, f"nobody is at work, and {len(locks.left)} buckets are left: a deadlock"
+                assert at_work, f"nobody is at work, and {idle} are left: a deadlock"
                 continue
-            busy = {part for other in at_work.values() for part in other}
-            assert not busy & set(bucket), f"{bucket} shares a partition with one of {at_work}"
-            assert bucket in order
-            assert bucket not in finished
-            tied = any(trained & set(other) for other in {*order} - {*finished} - {*at_work.values()})
-            assert trained & set(bucket) or not (at_work or tied), f"{bucket} is tied to nothing that is trained"
+            assert bucket in idle
+            assert all(set(bucket).isdisjoint(other) for other in at_work.values()), f"{bucket} and {at_work}"
+            if trained.isdisjoint(bucket):
+                assert not at_work
+                assert all(trained.isdisjoint(other) for other in idle), f"{bucket} is tied to nothing that is trained"
             at_work[who] = bucket
-        elif rng.random() < crash:
+        elif chance.random() < crash:
             assert locks.drop(who) == at_work.pop(who)
             lost += 1
         else:
             assert locks.finish(who) == at_work[who]
-            trained |= set(at_work[who])
+            trained.update(at_work[who])
             finished.append(at_work.pop(who))
         assert locks.active == at_work
     assert sorted(finished) == sorted(order) == sorted(locks.done)
@@ -53,10 +54,10 @@ def play(rng, parts, trainers, crash):
 
 def test_random_schedules():
     """No two active buckets share a partition, every bucket is done once, and nobody waits for nobody."""
-    rng = np.random.default_rng(0)
-    lost = 0
+    chance, choices, lost = random.Random(0), orders(), 0
     for _ in range(NUM_SCHEDULES):
-        lost += play(rng, int(rng.integers(1, 6)), int(rng.integers(1, 5)), rng.choice([0, 0.1, 0.6]))
+        parts, order = chance.choice(choices)
+        lost += play(chance, parts, order, chance.randrange(1, 5), chance.choice([0, 0.1, 0.6]))
     assert lost > NUM_SCHEDULES
 
 

@@ -24,24 +24,26 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["puna.graph.trainer", "puna.graph.questions", "puna.train.loop"])
 
 VALUES = {
-    "dim": 16, "operator": "diagonal", "batch_edges": 100, "num_batch_negs": 10, "num_uniform_negs": 30,
+    "dim": 32, "operator": "complex_diagonal", "batch_edges": 100, "num_batch_negs": 10, "num_uniform_negs": 30,
     "init_scale": 0.1, "lr": 0.1, "num_partitions": 4,
 }  # fmt: skip
-NUM_NODES, NUM_COMMUNITIES, NUM_RELATIONS = 240, 12, 3
+NUM_NODES, NUM_COMMUNITIES, NUM_RELATIONS = 240, 48, 6
+NUM_EDGES, NUM_HELD_OUT = 7000, 600  # of 7,200 that there could be, so that a held-out one ranks high
 
 
-def communities(folder: Path, num_edges: int = 7200) -> Graph:
-    """Relation r leads from community c to community c + r; which node of it, is chance."""
+def communities(folder: Path) -> Graph:
+    """Relation r leads from each node of community c to nearly all five of community c + r."""
     rng = np.random.default_rng(0)
     lines = set()
-    while len(lines) < num_edges:
+    while len(lines) < NUM_EDGES:
         head, relation = int(rng.integers(NUM_NODES)), int(rng.integers(NUM_RELATIONS))
         tail = int(rng.integers(NUM_NODES // NUM_COMMUNITIES)) * NUM_COMMUNITIES
         tail += (head + relation) % NUM_COMMUNITIES
         lines.add(f"n{head}\tr{relation}\tn{tail}\n")
     lines = sorted(lines)
     rng.shuffle(lines)
-    parts = {"train": lines[1200:], "valid": lines[:600], "test": lines[600:1200]}
+    parts = {"train": lines[2 * NUM_HELD_OUT :], "valid": lines[:NUM_HELD_OUT]}
+    parts["test"] = lines[NUM_HELD_OUT : 2 * NUM_HELD_OUT]
     for name, part in parts.items():
         (folder / f"{name}.tsv").write_text("".join(part))
     import_graph({name: folder / f"{name}.tsv" for name in parts}, folder / "graph")
