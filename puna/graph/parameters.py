@@ -7,6 +7,7 @@ while batches run, without locks, and around every bucket. An Adagrad sum is a s
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 
 import numpy as np
@@ -91,7 +92,7 @@ class SharedParameters:
     ) -> None:
         self._over.set()
         self._thread.join()
-        if error is None:
+        with suppress(Lost):  # the server may have left first
             self._link.send(np.array([LEAVE]))
 
 
