@@ -1,5 +1,6 @@
 """Trainers in several processes: they reach what one reaches, and one that is killed costs its bucket."""
 
+import itertools
 import json
 import os
 import signal
@@ -11,19 +12,23 @@ import time
 
 import numpy as np
 import pytest
-from trainers import NUM_EDGES, NUM_HELD_OUT, VALUES, Assembled, alone, communities, meet, together
+from trainers import VALUES, Assembled, alone, communities, job, meet, num_edges, together
 
 from puna.errors import DeviceError, NonFinite, RankFailed, RanksDiffer
-from puna.graph.door import Door
+from puna.graph.door import Door, Event, Guest
 from puna.graph.graph import Graph
 from puna.graph.links import Link, Lost, Meeting
+from puna.graph.locks import Locks
 from puna.graph.parameters import ParameterServer, SharedParameters
+from puna.graph.serving import GraphServer
+from puna.graph.task import GraphTask
 from puna.graph.trainer import train
 from puna.train import checkpoint
 from puna.train.metrics import last_steps, read_events
+from puna.train.task import Cursor
 
 EPOCHS = 20
-EDGES = NUM_EDGES - 2 * NUM_HELD_OUT
+EDGES = num_edges(5)
 MARGIN = 0.01  # of the MRR
 
 
@@ -34,7 +39,7 @@ def _loopback(monkeypatch):
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory) -> Graph:
-    return communities(tmp_path_factory.mktemp("communities"))
+    return communities(tmp_path_factory.mktemp("communities"), 5)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +61,9 @@ def learnt(task):
 
 def require_as_good(task, single):
     assert abs(mrr(task) - mrr(single)) <= MARGIN
-    for ours, theirs in zip(learnt(task), learnt(single), strict=True):
-        assert 0.8 < ours / theirs < 1.25
+    nodes, relations = (ours / theirs for ours, theirs in zip(learnt(task), learnt(single), strict=True))
+    assert nodes > 0.85
+    assert relations > 0.6
 
 
 def events_of(run, *kinds):
@@ -84,7 +90,7 @@ def test_a_trainer_that_is_killed_costs_its_bucket(graph, single, tmp_path):
     assert codes == [0, -signal.SIGKILL]
     (gone,) = events_of(tmp_path, "trainer_gone")
     assert len(gone["bucket"]) == 2
-    assert "Connection closed by peer" in gone["why"]
+    assert "onnection" in gone["why"]  # closed, or reset
     assert last_steps(read_events(tmp_path))[16 * EPOCHS]["tokens"] == EDGES * EPOCHS
     require_as_good(task, single)
 
@@ -160,6 +166,94 @@ def test_meeting_places(monkeypatch):
     assert Meeting.from_environment().keep() is None
 
 
+# --- the server, asked by hand --------------------------------------------------------------------------------------
+
+
+class Hands:
+    """A server whose trainers are this test."""
+
+    def __init__(self, graph, run, **values):
+        self.server = GraphServer(meet(run), {}, *job(graph, run, **values))
+        next(self.server.units(Cursor()))
+        self.guests = {name: Guest(n, name) for n, name in enumerate("ab")}
+        for guest in self.guests.values():
+            self.server._take(Event("joined", guest))
+
+    def begin(self, *order):
+        self.server._locks = Locks(order, (), range(4))
+        self.server._give()
+
+    def wants(self, name, bucket=(), **words):
+        """Come for a bucket, with a trained one where it is named; each row of it has the sum 7."""
+        parts = {part: self.server.table.fetch(part) for part in bucket}
+        for part in parts.values():
+            part.sums[:] = 7
+        words |= {"bucket": list(bucket), "tokens": 0, "loss": 1.0, "swap_s": 0.0, "swaps": 0} if bucket else {}
+        report = self.server._take(Event("wants", self.guests[name], words, parts))
+        self.server._give()
+        return report
+
+    def gets(self, name):
+        """The bucket that a trainer was given, and what was sent with it; None where it waits."""
+        answers = self.guests[name].answers
+        if answers.empty():
+            return None
+        answer = answers.get()
+        if answer.words["unit"] is None:
+            return answer.words
+        assert len(answer.parts) == len(answer.words["fetched"])
+        return answer.words["unit"]["bucket"], answer.words["fetched"]
+
+
+def test_what_another_has_trained_is_sent_again(graph, tmp_path):
+    """And what a trainer has as it is now is not."""
+    hands = Hands(graph, tmp_path)
+    hands.begin((0, 1), (1, 2), (0, 3))
+    hands.wants("a")
+    assert hands.gets("a") == ((0, 1), [0, 1])
+    hands.wants("b")
+    assert hands.gets("b") is None
+    assert hands.wants("a", (0, 1)).tokens > 300
+    assert (hands.gets("a"), hands.gets("b")) == (((1, 2), [2]), ((0, 3), [0, 3]))
+    hands.wants("b", (0, 3))
+    hands.wants("a", (1, 2))
+    hands.begin((0, 1))
+    assert (hands.gets("a"), hands.gets("b")) == (((0, 1), [0]), None)
+    hands.wants("a", (0, 1), leaves=True)
+    assert hands.gets("a") == {"unit": None}
+    hands.begin((3, 0))
+    assert hands.gets("b") == ((3, 0), [0])
+
+
+def test_a_bucket_that_was_given_to_another_is_not_taken_back(graph, tmp_path):
+    hands = Hands(graph, tmp_path)
+    hands.begin((0, 1))
+    hands.wants("a")
+    hands.wants("b")
+    hands.server._take(Event("gone", hands.guests["a"], {"why": "Timed out"}))
+    hands.server._give()
+    assert hands.gets("a") == hands.gets("b") == ((0, 1), [0, 1])
+    assert hands.wants("a", (0, 1)) is None
+    assert hands.gets("a") == {"unit": None, "lost": True}
+    assert not hands.server.table.fetch(0).sums.any()
+    assert hands.wants("b", (0, 1)).tokens > 300
+    assert (hands.server.table.fetch(1).sums == 7).all()
+
+
+def test_rates_and_draws_are_those_of_one_process(graph, tmp_path):
+    """A bucket's place in the round decides what is drawn; what was given out before it, the rate."""
+    hands, single = Hands(graph, tmp_path), GraphTask(*job(graph, tmp_path / "single"), num_threads=1)
+    found, bucket = {}, ()
+    for _ in range(16):
+        hands.wants("a", bucket)
+        unit = hands.guests["a"].answers.get().words["unit"]
+        bucket = unit["bucket"]
+        found[bucket] = unit["index"], unit["place"]
+        assert unit["tokens"] == hands.server._tokens
+    units = itertools.islice(single.units(Cursor()), 16)
+    assert found == {unit.bucket: (unit.index, unit.place) for unit in units}
+
+
 # --- links and parameters -------------------------------------------------------------------------------------------
 
 
@@ -220,7 +314,7 @@ def test_a_link_breaks_when_its_other_end_does(tmp_path):
     link, thread = linked(tmp_path, "x", lambda link: link.tell({"a": [1, None, "é"]}))
     assert link.hear() == {"a": [1, None, "é"]}
     thread.join()
-    with pytest.raises(Lost, match="Connection closed by peer"):
+    with pytest.raises(Lost, match="onnection"):
         link.hear()
 
 
@@ -229,7 +323,9 @@ def test_a_link_breaks_when_its_other_end_does(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_four_trainers_reach_what_one_process_does(graph, tmp_path, seed):
+def test_four_trainers_reach_what_one_process_does(tmp_path, seed):
+    """On larger communities, so that a bucket of eight partitions has more than four batches."""
+    graph = communities(tmp_path, 10)
     wanted = alone(graph, tmp_path / "alone", seed, epochs=EPOCHS, num_partitions=8)
     task, codes = together(graph, tmp_path / "four", (0, 0, 0, 0), seed, epochs=EPOCHS, num_partitions=8)
     assert codes == [0] * 4

@@ -1,5 +1,6 @@
 """A server in this process and trainers in others, forked from a server that has torch and the kernels already."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -27,23 +28,25 @@ VALUES = {
     "dim": 32, "operator": "complex_diagonal", "batch_edges": 100, "num_batch_negs": 10, "num_uniform_negs": 30,
     "init_scale": 0.1, "lr": 0.1, "num_partitions": 4,
 }  # fmt: skip
-NUM_NODES, NUM_COMMUNITIES, NUM_RELATIONS = 240, 48, 6
-NUM_EDGES, NUM_HELD_OUT = 7000, 600  # of 7,200 that there could be, so that a held-out one ranks high
+NUM_RELATIONS, NUM_COMMUNITIES = 6, 48
+NUM_LEFT_OUT, NUM_HELD_OUT = 200, 1200
 
 
-def communities(folder: Path) -> Graph:
-    """Relation r leads from each node of community c to nearly all five of community c + r."""
-    rng = np.random.default_rng(0)
-    lines = set()
-    while len(lines) < NUM_EDGES:
-        head, relation = int(rng.integers(NUM_NODES)), int(rng.integers(NUM_RELATIONS))
-        tail = int(rng.integers(NUM_NODES // NUM_COMMUNITIES)) * NUM_COMMUNITIES
-        tail += (head + relation) % NUM_COMMUNITIES
-        lines.add(f"n{head}\tr{relation}\tn{tail}\n")
-    lines = sorted(lines)
-    rng.shuffle(lines)
-    parts = {"train": lines[2 * NUM_HELD_OUT :], "valid": lines[:NUM_HELD_OUT]}
-    parts["test"] = lines[NUM_HELD_OUT : 2 * NUM_HELD_OUT]
+def num_edges(size: int) -> int:
+    """Of the training split."""
+    return NUM_COMMUNITIES * size * NUM_RELATIONS * size - NUM_LEFT_OUT - NUM_HELD_OUT
+
+
+def communities(folder: Path, size: int) -> Graph:
+    """Relation r leads from each of `size` nodes of community c to nearly all of community c + r, so that held-out
+    edges rank high."""
+    lines = [
+        f"n{head}\tr{relation}\tn{place * NUM_COMMUNITIES + (head + relation) % NUM_COMMUNITIES}\n"
+        for head, relation, place in itertools.product(range(NUM_COMMUNITIES * size), range(NUM_RELATIONS), range(size))
+    ]
+    np.random.default_rng(0).shuffle(lines)
+    half = NUM_HELD_OUT // 2
+    parts = {"train": lines[NUM_HELD_OUT + NUM_LEFT_OUT :], "valid": lines[:half], "test": lines[half:NUM_HELD_OUT]}
     for name, part in parts.items():
         (folder / f"{name}.tsv").write_text("".join(part))
     import_graph({name: folder / f"{name}.tsv" for name in parts}, folder / "graph")
