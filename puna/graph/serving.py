@@ -135,7 +135,7 @@ class GraphServer(GraphTask):
             guest.answers.put(Answer({"unit": None, "lost": True}))
         if why:
             goes = f"; its bucket {bucket} is given to another" if bucket else ""
-            self._tell("trainer_gone", guest, f"trainer {guest.number} is gone ({why}){goes}", bucket=bucket)
+            self._tell("trainer_gone", guest, f"trainer {guest.number} is gone ({why}){goes}", bucket=bucket, why=why)
 
     def _give(self) -> None:
         """Buckets for those that wait, as far as there are any that may begin."""
