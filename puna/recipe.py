@@ -86,6 +86,7 @@ STARTER = (
 GRAPH_STARTER = (
     "run.dir",
     "run.seed",
+    "run.num_processes",
     "run.num_threads",
     "data.path",
     "graph.dim",

@@ -26,7 +26,7 @@ from puna.llama.template import TEMPLATE_FILE, chat_template
 from puna.llama.tokenizer import Tokenizer
 from puna.predicted import explained, out_of_memory_recorded, predict
 from puna.recipe import Loaded, Recipe
-from puna.train.checkpoint import complete_steps, hold_lock
+from puna.train.checkpoint import complete_steps, hold_lock, latest
 from puna.train.controller import most_held
 from puna.train.disk import require_plan
 from puna.train.divergence import code_version, require_same
@@ -63,10 +63,10 @@ def train(loaded: Loaded) -> dict[str, Any]:
     """
     config = loaded.recipe.run
     run = Path(config.dir)
-    if loaded.recipe.task == "graph":
-        train_graph(loaded, run)
-        return outcome(run)
     rank = int(os.environ.get("RANK", "0"))
+    if loaded.recipe.task == "graph":
+        train_graph(loaded, run, rank)
+        return outcome(run) if rank == 0 else {}
     if loaded.recipe.task == "dlrm":
         train_dlrm(loaded, run, rank)
         return outcome(run) if rank == 0 else {}
@@ -100,43 +100,132 @@ def prepare(loaded: Loaded, run: Path) -> None:
         write_identity(run, found.tokenizer, WEIGHTS_DTYPE)
 
 
-def train_graph(loaded: Loaded, run: Path) -> None:
-    """Train a graph, in this process; with graph.memory, in the partitions that fit it.
+def train_graph(loaded: Loaded, run: Path, rank: int) -> None:
+    """Train a graph, in this process or by several trainers; with graph.memory, in the partitions that fit it.
 
-    Raises DataError (no graph), RecipeError (more than one process, too little memory, another graph.start).
+    Raises DataError (no graph), RecipeError (too little memory, too few partitions, another graph.start).
     """
     from puna.graph.graph import Graph
-    from puna.graph.task import GraphTask
-    from puna.graph.trained import begin_with
 
     graph = Graph.open(loaded.recipe.data.path)
     if loaded.recipe.graph.memory:
         loaded = within_memory(loaded, graph)
-    recipe, start = loaded.recipe, None
-    if count_ranks(recipe) != 1:
+    trainers = num_trainers(loaded.recipe, run)
+    if trainers:
+        loaded = over_trainers(loaded, trainers)
+    recipe = loaded.recipe
+    if rank == 0:
+        with hold_lock(run):
+            refuse_other_run(loaded, run)
+            write_recipe(loaded, run)
+    if not trainers:
+        graph_alone(recipe, run)
+    elif "RANK" in os.environ:
+        graph_role(recipe, run)
+    else:
+        roles = {"server": 1, "trainer": trainers}
+        config = recipe.run
+        launch("puna.run:graph_rank", [str(run)], roles, run, config.num_threads, config.max_restarts, {"trainer"})
+
+
+def num_trainers(recipe: Recipe, run: Path) -> int:
+    """Trainers of a graph run; 0: this process trains alone.
+
+    Under torchrun all ranks but the first. What several trainers have begun goes on in their way.
+    """
+    if "RANK" in os.environ:
+        return count_ranks(recipe) - 1
+    begun = latest(run)
+    several = recipe.run.num_processes > 1 or (begun is not None and "done" in begun.json)
+    return recipe.run.num_processes if several else 0
+
+
+def over_trainers(loaded: Loaded, trainers: int) -> Loaded:
+    """The recipe with two partitions a trainer, where it has one. Raises RecipeError where it has too few."""
+    recipe = loaded.recipe
+    parts, least = recipe.graph.num_partitions, 2 * trainers
+    if trainers == 1 or parts >= least:
+        return loaded
+    if parts > 1:
         raise RecipeError(
-            f"run.num_processes is {count_ranks(recipe)}, but a graph is trained by the threads of one process",
-            "Set run.num_processes to 1 and run.num_threads to the workers wanted (0: one a core).",
+            f"graph.num_partitions is {parts}, but {trainers} trainers need {least}: each trains two at a time",
+            f"Set graph.num_partitions to {least} or more, or train by {parts // 2} (run.num_processes).",
         )
+    err.print(f"{least} partitions for {trainers} trainers", markup=False, soft_wrap=True)
+    recipe = recipe.model_copy(update={"graph": recipe.graph.model_copy(update={"num_partitions": least})})
+    return Loaded(recipe, loaded.origins | {"graph.num_partitions": "run.num_processes"}, recipes.dump_toml(recipe))
+
+
+def graph_alone(recipe: Recipe, run: Path) -> None:
+    """Train a graph in this process."""
+    from puna.graph.task import GraphTask
+
+    with open_mesh(recipe.run, recipe.mesh) as place, watch(run, recipe.run):
+        job, options = graph_job(recipe, run)
+        task = GraphTask(*job, **options)
+        facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
+        Run(task, run, recipe, facts=facts).go()
+
+
+def graph_job(recipe: Recipe, run: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a graph's task is made of, the same for one process, a server and a trainer."""
+    from puna.graph.graph import Graph
+    from puna.graph.trained import begin_with
+
+    graph, start = Graph.open(recipe.data.path), None
     if recipe.graph.start:
         theirs = Path(recipe.graph.start)
         start = begin_with(theirs, graph_run(theirs).graph, recipe.graph, graph)
-    with hold_lock(run):
-        refuse_other_run(loaded, run)
-        write_recipe(loaded, run)
+    options = {"seed": recipe.run.seed, "num_threads": recipe.run.num_threads, "eval_edges": recipe.eval.tokens}
+    return (recipe.graph, recipe.schedule, graph, run), options | {"start": start}
+
+
+def graph_rank(directory: str) -> None:
+    """What every process does that `train` launches for a graph."""
+    graph_role(recipes.load(directory).recipe, Path(directory))
+
+
+AGREED = ("graph.", "schedule.", "run.seed")
+"""Settings of a graph run in which its processes must agree; where data and run are may differ between machines."""
+
+
+def graph_role(recipe: Recipe, run: Path) -> None:
+    """Rank 0 serves, the others train; each is a process group of its own."""
+    from puna.graph.graph import Graph
+    from puna.graph.links import Meeting
+    from puna.graph.serving import GraphServer
+    from puna.graph.trainer import Trainer
+    from puna.graph.trainer import train as train_as_told
+
+    meeting, trainers = Meeting.from_environment(), count_ranks(recipe) - 1
+    threads = recipe.run.num_threads or threads_of_a_trainer()
+    for name in ("RANK", "WORLD_SIZE", "PUNA_STORE"):
+        os.environ.pop(name, None)
+    graph = Graph.open(recipe.data.path)
+    agreed = {key: value for key, value in recipes.flat(recipe).items() if key.startswith(AGREED)}
+    agreed |= code_version() | {name: entry["sha256"] for name, entry in graph.files.items()}
+    if meeting.rank:
+        with tempfile.TemporaryDirectory(prefix="puna-") as scratch:  # only the server writes the run directory
+
+            def make() -> Trainer:
+                job, options = graph_job(recipe, Path(scratch))
+                return Trainer(*job, **(options | {"num_threads": threads, "eval_edges": 0}))
+
+            train_as_told(meeting, agreed, graph.folder, make)
+        return
     with open_mesh(recipe.run, recipe.mesh) as place, watch(run, recipe.run):
-        task = GraphTask(
-            recipe.graph,
-            recipe.schedule,
-            graph,
-            run,
-            seed=recipe.run.seed,
-            num_threads=recipe.run.num_threads,
-            eval_edges=recipe.eval.tokens,
-            start=start,
-        )
-        facts = {"mesh": str(place), "dtype": "float32", "dtype_reason": "graphs are trained in float32"}
-        Run(task, run, recipe, facts=facts).go()
+        job, options = graph_job(recipe, run)
+        task = GraphServer(meeting, agreed, *job, **options)
+        facts = {"mesh": f"a server and {trainers} trainers, {place.device.type}", "num_trainers": trainers}
+        facts |= {"dtype": "float32", "dtype_reason": "graphs are trained in float32"}
+        with task.serving():
+            Run(task, run, recipe, facts=facts).go()
+
+
+def threads_of_a_trainer() -> int:
+    """The cores of this machine, divided by the trainers on it."""
+    serves = os.environ.get("GROUP_RANK", "0") == "0"
+    return max(1, len(os.sched_getaffinity(0)) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - serves))
 
 
 def train_dlrm(loaded: Loaded, run: Path, rank: int) -> None:

@@ -139,6 +139,16 @@ class Table:
         self._first(partition, part, places.start)
         return part.vectors
 
+    def fetch(self, partition: int) -> Part:
+        """A copy of a partition as it was last written, or fresh, for a process that trains it elsewhere."""
+        part = self._room(self.rows(partition))
+        self._read(partition, part)
+        return part
+
+    def replace(self, partition: int, part: Part) -> None:
+        """Write a partition that was trained elsewhere. Raises DiskFull."""
+        self._write(partition, part)
+
     def flush(self) -> None:
         """Write what was trained on since it was last written; and all that comes from another run."""
         self._settle()
@@ -173,14 +183,17 @@ class Table:
             self._write(*owed)
         rows = self.rows(entering)
         part = Part(room.vectors[:rows], room.sums[:rows])
-        name = str(entering)
+        self._read(entering, part)
+        return part
+
+    def _read(self, partition: int, part: Part) -> None:
+        name = str(partition)
         if name in self.vectors:
             self.num_reads += 1
             self.vectors.fill(name, part.vectors)
             self.sums.fill(name, part.sums)
         else:
-            self._first(entering, part, 0)
-        return part
+            self._first(partition, part, 0)
 
     def _arrived(self, partition: int) -> Part:
         if partition in self._coming:

@@ -105,11 +105,7 @@ class GraphTask(Task):
         edges = self._edges(unit)
         read_s = time.perf_counter() - began
         loss = self._train(unit, edges, head_part, tail_part)
-        if not math.isfinite(loss):
-            raise NonFinite(
-                f"unit {unit.index + 1} (epoch {unit.epoch + 1}, bucket {unit.bucket}): the loss is not finite; "
-                "lower graph.lr, or raise graph.n3 or set graph.max_norm. The newest checkpoint is as it was"
-            )
+        require_finite(unit, loss)
         metrics = {"lr": self.config.lr * self.schedule.learning_rate(unit.tokens), "epoch": float(unit.epoch + 1)}
         metrics |= {"swap_s": read_s, "swaps": float(self.table.num_reads - reads)}
         return StepReport(loss / len(edges), len(edges), len(edges), metrics)
@@ -252,6 +248,15 @@ class GraphTask(Task):
 
     def _set_best(self, best: dict[str, Any]) -> None:
         self.best = dict(best)
+
+
+def require_finite(unit: Unit, loss: float) -> None:
+    """Raise NonFinite where a unit's loss is not finite."""
+    if not math.isfinite(loss):
+        raise NonFinite(
+            f"unit {unit.index + 1} (epoch {unit.epoch + 1}, bucket {unit.bucket}): the loss is not finite; "
+            "lower graph.lr, or raise graph.n3 or set graph.max_norm. The newest checkpoint is as it was"
+        )
 
 
 def fresh_relations(config: GraphConfig, num_relations: int) -> list[Relations]:

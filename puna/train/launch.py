@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class _Worker:
     error: Path
     watched: Path
     pumps: list[Thread]
+    helps: bool = False
 
 
 def launch(
@@ -51,6 +52,7 @@ def launch(
     run: Path,
     num_threads: int = 0,
     max_restarts: int = 0,
+    helpers: Container[str] = (),
 ) -> None:
     """Call `target` ("module:function") with the string arguments in every rank; returns when all have.
 
@@ -58,17 +60,20 @@ def launch(
     this process where there is one rank only, or where a launcher has set RANK. Otherwise each worker writes
     RUN/logs/rank-N.log; rank 0 is shown too. A PunaError of a worker is raised here; RankFailed and Hung name the rank,
     and up to `max_restarts` times start all ranks again. SIGTERM and SIGINT are passed on. num_threads: intra-op
-    threads of a process; 0: cores divided by processes.
+    threads of a process; 0: cores divided by processes. helpers: roles that the others can do without: where a signal
+    has killed one of them it is started again alone, up to `max_restarts` times, and while one is left the run goes on;
+    once all others have ended, they are stopped.
     """
     roles = dict(num_processes) if isinstance(num_processes, Mapping) else {"trainer": num_processes}
     if sum(roles.values()) == 1 or "RANK" in os.environ:
         resolve(target)(*arguments)
         return
     (run / "logs").mkdir(parents=True, exist_ok=True)
+    job = _Job([target, *arguments], _places(roles), run, num_threads, helpers, max_restarts)
     for restart in range(max_restarts + 1):
         signals: list[int] = []
         try:
-            _launch_once([target, *arguments], _places(roles), run, num_threads, restart, signals)
+            _launch_once(job, restart, signals)
             return
         except (RankFailed, Hung) as error:
             if signals or restart == max_restarts:
@@ -76,17 +81,40 @@ def launch(
             err.print(f"{error}\nrestart {restart + 1} of {max_restarts}", markup=False, soft_wrap=True)
 
 
-def _launch_once(
-    words: list[str], places: list[dict[str, Any]], run: Path, num_threads: int, restart: int, signals: list[int]
-) -> None:
+@dataclass(frozen=True)
+class _Job:
+    words: list[str]
+    places: list[dict[str, Any]]
+    run: Path
+    num_threads: int
+    helpers: Container[str]
+    max_restarts: int
+
+    def start(self, place: dict[str, Any], restart: int, meeting: Path) -> _Worker:
+        """The process of one place."""
+        environment = _environment(place | {"TORCHELASTIC_RESTART_COUNT": restart}, self.num_threads, meeting)
+        worker = _start(place["RANK"], self.words, environment, self.run, meeting)
+        worker.helps = place["ROLE_NAME"] in self.helpers
+        return worker
+
+
+def _launch_once(job: _Job, restart: int, signals: list[int]) -> None:
     meeting = Path(tempfile.mkdtemp(prefix="puna-"))
     workers: list[_Worker] = []
     try:
         with _signals_passed_to(workers, signals):
-            for place in places:
-                environment = _environment(place | {"TORCHELASTIC_RESTART_COUNT": restart}, num_threads, meeting)
-                workers.append(_start(place["RANK"], words, environment, run, meeting))
-            _watch(workers)
+            for place in job.places:
+                workers.append(job.start(place, restart, meeting))
+            left = iter(range(job.max_restarts))
+            while dead := _watch(workers):
+                workers.remove(dead)
+                again = not signals and next(left, None) is not None
+                goes_on = "it is started again" if again else "the others go on"
+                err.print(f"rank {dead.rank} {_ending(dead)}; {goes_on}", markup=False, soft_wrap=True)
+                if again:
+                    workers.append(job.start(job.places[dead.rank], restart, meeting))
+                elif not any(worker.helps for worker in workers):
+                    _raise_for([dead], workers)
     finally:
         _kill(workers)
         shutil.rmtree(meeting)
@@ -160,15 +188,19 @@ def _as_left(line: bytes) -> bytes:
     return _ESCAPES.sub(b"", line.rstrip(b"\r").rpartition(b"\x1b[2K")[2]).rpartition(b"\r")[2]
 
 
-def _watch(workers: list[_Worker]) -> None:
-    """Return when every rank has ended well; raise for the first that has not, with the others stopped."""
+def _watch(workers: list[_Worker]) -> _Worker | None:
+    """Return when every rank has ended well (None), or a helper was killed; raise for the first other that has not
+    ended well, with the others stopped."""
     while True:
         codes = [worker.process.poll() for worker in workers]
         failed = [worker for worker, code in zip(workers, codes, strict=True) if code]
-        if failed:
+        killed = [worker for worker in failed if worker.helps and worker.process.returncode < 0]
+        if len(failed) > len(killed):
             _raise_for(failed, workers)
-        if all(code == 0 for code in codes):
-            return
+        if all(code == 0 or worker.helps for worker, code in zip(workers, codes, strict=True)):
+            return None
+        if killed:
+            return killed[0]
         time.sleep(POLL_SECONDS)
 
 

@@ -97,7 +97,7 @@ class Json:
 
 State = dict[str, Tensors | Rows | Json]
 
-ASIDE = frozenset({"health", "health_sample", "controller"})
+ASIDE = frozenset({"health", "health_sample", "controller", "done"})
 """States that are restored where a checkpoint has them in this shape, and that begin anew where it does not."""
 
 

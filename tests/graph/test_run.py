@@ -349,7 +349,10 @@ def test_a_graph_other_than_the_runs_is_refused(planted, tmp_path):
         (["--graph.dim", "7"], "graph.dim is 7, but complex_diagonal needs pairs of numbers"),
         (["--graph.batch_edges", "55"], "graph.batch_edges is 55, no multiple of graph.num_batch_negs 10"),
         (["--graph.operator", "linear", "--graph.n3", "0.1"], "graph.n3 is set, but linear has matrices"),
-        (["--run.num_processes", "2"], "trained by the threads of one process"),
+        (
+            ["--run.num_processes", "2", "--graph.num_partitions", "3"],
+            "graph.num_partitions is 3, but 2 trainers need 4",
+        ),
         (["--graph.num_batch_negs", "0", "--graph.num_uniform_negs", "0"], "leave no negative to learn from"),
         (["--data.path", "nowhere"], "nowhere holds no graph"),
     ],

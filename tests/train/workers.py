@@ -73,3 +73,15 @@ def watch_over_a_death(folder: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(0.3)
     raise RankFailed("rank 1 died, last seen in data wait")
+
+
+def help_out(folder: str, until: str) -> None:
+    """Helpers sleep, and leave a mark each time that they start; the server (rank 0) ends when `until` is there, or
+    at once."""
+    rank, path = os.environ["RANK"], Path(folder)
+    if rank != "0":
+        with (path / f"starts-{rank}").open("a") as file:
+            file.write("x")
+        sleep(folder)
+    while until != "at once" and not (path / until).exists():
+        time.sleep(0.01)
