@@ -15,7 +15,7 @@ import torch
 
 import puna
 from puna import recipe as recipes
-from puna.check import WEIGHTS_DTYPE, count_ranks, inspect, refuse_other_mesh
+from puna.check import WEIGHTS_DTYPE, count_ranks, inspect, refuse_other_mesh, with_sizes
 from puna.console import err
 from puna.errors import CheckpointError, DataError, DeviceError, RecipeError
 from puna.llama import hub
@@ -101,7 +101,7 @@ def prepare(loaded: Loaded, run: Path) -> None:
 
 
 def train_graph(loaded: Loaded, run: Path) -> None:
-    """Train a graph, in this process; with graph.memory, in the partitions that fit it.
+    """Train a graph, in this process; with graph.memory, in the partitions that fit it; with graph.size, by its sizes.
 
     Raises DataError (no graph), RecipeError (more than one process, too little memory, another graph.start).
     """
@@ -109,7 +109,7 @@ def train_graph(loaded: Loaded, run: Path) -> None:
     from puna.graph.task import GraphTask
     from puna.graph.trained import begin_with
 
-    graph = Graph.open(loaded.recipe.data.path)
+    graph, loaded = Graph.open(loaded.recipe.data.path), with_sizes(loaded)
     if loaded.recipe.graph.memory:
         loaded = within_memory(loaded, graph)
     recipe, start = loaded.recipe, None
@@ -207,8 +207,8 @@ def graph_run(run: Path) -> Recipe:
 def migrate_graph(config: Path, out: Path, root: Path) -> dict[str, Any]:
     """PyTorch-BigGraph's configuration, with the files it names, as OUT/recipe.toml, OUT/graph and OUT/run.
 
-    Returns out, num_nodes, num_relations, edges by split, checkpoint (None where there is none), left_out (keys that
-    have no counterpart). Raises DataError.
+    Returns out, num_nodes, num_relations, types (nodes of each), edges by split, checkpoint (None where there is none),
+    left_out (keys that have no counterpart). Raises DataError.
     """
     from puna.graph import pbg
 
@@ -216,7 +216,8 @@ def migrate_graph(config: Path, out: Path, root: Path) -> dict[str, Any]:
         raise DataError(f"{out} is already there", "Name another folder with --out.")
     raw = pbg.read_config(config)
     found = pbg.convert(raw, config)
-    words = [f"--graph.{key}={str(value).lower()}" for key, value in found.settings.items()]
+    values = {key: json.dumps(v) if isinstance(v, list) else str(v).lower() for key, v in found.settings.items()}
+    words = [f"--graph.{key}={value}" for key, value in values.items()]
     words += [f"--data.path={out / 'graph'}", f"--run.dir={out / 'run'}", "--schedule.decay=constant"]
     loaded = recipes.load("social", words)
     edges = pbg.splits_of(raw["edge_paths"], root)
@@ -230,6 +231,7 @@ def migrate_graph(config: Path, out: Path, root: Path) -> dict[str, Any]:
         "out": str(out),
         "num_nodes": graph.num_nodes,
         "num_relations": graph.num_relations,
+        "types": {kind.name: kind.num_nodes for kind in graph.types},
         "edges": {split: facts["edges"] for split, facts in graph.splits.items()},
         "checkpoint": told,
         "left_out": found.left_out,
