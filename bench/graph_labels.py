@@ -3,9 +3,9 @@
     python bench/graph_labels.py --data blogcatalog.mat --out runs/labels --json
 
 Vectors come from the recipe `blogcatalog`, over random walks to contexts (--walks), walks within one table
-(--one-table) or over the edges alone (--walks 0). Then, ten times: a share of the nodes is drawn, one logistic regression a label (L2, C = 1, the constant regularised too, as
-liblinear's) is fitted to their vectors, and each other node is given as many of the likeliest labels as it has. Needs
-scipy. DeepWalk's published micro-F1 at 50 % is 41.51.
+(--one-table) or over the edges alone (--walks 0). Then, ten times: a share of the nodes is drawn, one logistic
+regression a label (L2, C = 1, the constant regularised too, as liblinear's) is fitted to their vectors, and each other
+node is given as many of the likeliest labels as it has. Needs scipy. DeepWalk's published micro-F1 at 50 % is 41.51.
 """
 
 import argparse

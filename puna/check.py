@@ -134,7 +134,7 @@ def check(loaded: Loaded) -> dict[str, Any]:
 def with_sizes(loaded: Loaded) -> Loaded:
     """A graph recipe with what `--size auto` decides in its place, told on stderr; flags stay. Raises DataError (no
     graph), RecipeError."""
-    if not loaded.recipe.graph.size:
+    if loaded.recipe.graph.size == "given":
         return loaded
     from puna.graph.budget import Sizes
     from puna.graph.graph import Graph
@@ -148,7 +148,7 @@ def with_sizes(loaded: Loaded) -> Loaded:
     found = {key: value for key, value in found.items() if loaded.origins[f"graph.{key}"] != FLAG.name}
     shown = ", ".join(f"{key} {value}" for key, value in found.items())
     err.print(f"for {graph.num_nodes:,} nodes and {graph.split('train')['edges']:,} edges: {shown}", markup=False)
-    values = {f"graph.{key}": value for key, value in (found | {"size": ""}).items()}
+    values = {f"graph.{key}": value for key, value in (found | {"size": "given"}).items()}
     return laid_over(loaded, values, "size auto")
 
 

@@ -43,6 +43,7 @@ def graph() -> None:
 @click.option(
     "--types", type=click.Path(path_type=Path), help="Rows of relation, type of its heads, type of its tails."
 )
+@click.option("--features", type=click.Path(path_type=Path), help="Rows of type, node, feature: nodes as bags.")
 @click.option("--walks", type=click.IntRange(1), help="Random walks from each node, in place of the training edges.")
 @click.option("--walk-length", default=40, show_default=True, type=click.IntRange(2), help="Nodes of a walk.")
 @click.option(
@@ -53,8 +54,8 @@ def graph() -> None:
 @as_json
 def graph_import(
     train: Path, valid: Path | None, test: Path | None, out: Path, columns: str, delimiter: str | None, header: bool,
-    add: Path | None, types: Path | None, walks: int | None, walk_length: int, window: int, seed: int, contexts: bool,
-    as_json: bool,
+    add: Path | None, types: Path | None, features: Path | None, walks: int | None, walk_length: int, window: int,
+    seed: int, contexts: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Edge files to a graph folder.
 
@@ -75,7 +76,9 @@ def graph_import(
 
     splits = {name: path for name, path in (("train", train), ("valid", valid), ("test", test)) if path}
     walked = Walks(walks, walk_length, window, seed, contexts) if walks else None
-    figures = import_graph(splits, out, columns.split(","), delimiter, header, add=add, walks=walked, types=types)
+    figures = import_graph(
+        splits, out, columns.split(","), delimiter, header, add=add, walks=walked, types=types, features=features
+    )
     print_figures(figures, as_json)
 
 

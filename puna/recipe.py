@@ -217,7 +217,7 @@ class Recipe(LoopConfig):
 
     @model_validator(mode="after")
     def _memory_is_of_graphs(self) -> "Recipe":
-        if self.graph.size and self.task != "graph":
+        if self.graph.size != "given" and self.task != "graph":
             raise ValueError(
                 f"graph.size is {self.graph.size!r}, but task is {self.task}; leave it out, or name a graph recipe"
             )

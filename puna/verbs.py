@@ -15,7 +15,7 @@ settings = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar
 
 memory = click.option("--memory", metavar="SIZE", help="Most memory of a graph run, such as 4GB; partitions follow.")
 size = click.option(
-    "--size", type=click.Choice(["auto"]), help="Settings of a graph run from its nodes and edges, where no flag sets them."
+    "--size", type=click.Choice(["auto"]), help="Settings of a graph run from its nodes and edges; flags stay."
 )
 
 

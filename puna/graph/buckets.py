@@ -109,9 +109,7 @@ class Buckets:
         return np.where(is_whole, 1, self.num_partitions).astype(np.int32)
 
 
-def _make(
-    graph: Graph, split: str, parts: int, folder: Path, known: Known | None, whole: tuple[bool, ...]
-) -> None:
+def _make(graph: Graph, split: str, parts: int, folder: Path, known: Known | None, whole: tuple[bool, ...]) -> None:
     """A counting sort by bucket, a piece at a time: once to count, once to place."""
     counts = np.zeros(parts * parts, np.int64)
     ends = np.array(whole)[graph.ends] if whole else None

@@ -12,7 +12,7 @@ Comparator = Literal["dot", "cos", "l2", "squared_l2"]
 Loss = Literal["ranking", "logistic", "softmax", "self_adversarial"]
 BucketOrder = Literal["random", "affinity", "outside_in", "inside_out", "buffered"]
 Sampling = Literal["uniform", "prevalence"]
-Size = Literal["", "auto"]
+Size = Literal["given", "auto"]
 TypeNames = Annotated[tuple[str, ...], Field(strict=False)]
 
 PAIRED = ("complex_diagonal", "rotation")
@@ -33,9 +33,9 @@ class GraphConfig(Section):
     """A graph model and its training; rates follow `schedule`, of which tokens are edges."""
 
     size: Size = setting(
-        "",
-        "auto: dim, batch_edges, num_batch_negs, num_uniform_negs, epochs, lr and partitions follow from the graph's nodes "
-        "and edges, where no flag sets them; empty: they are as set",
+        "given",
+        "auto: dim, batch_edges, num_batch_negs, num_uniform_negs, epochs, lr and partitions follow from the graph's "
+        "nodes and edges, where no flag sets them",
     )
     dim: int = setting(100, "numbers in the vector of a node", ge=1)
     operator: Operator = setting(

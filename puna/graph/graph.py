@@ -3,6 +3,8 @@
 DIR/graph.json                 counts, types, splits, SHA-256 of each file; a folder without it is no graph
 DIR/nodes.txt, relations.txt   a name a line; its number is its line
 DIR/nodes.TYPE.txt             in place of nodes.txt where nodes have types: each type counts from 0
+DIR/features.TYPE.txt          names of features, where the nodes of a type are bags of them
+DIR/bags.TYPE.offsets .features    where each node's features begin (int64), and all of them (int32)
 DIR/SPLIT.heads .relations .tails   little-endian int32, an edge each; SPLIT.weights: float32, where edges have them
 DIR/buckets/SPLIT-P/           the same columns in the order of P x P buckets, with offsets.npy; made when needed
 """
@@ -51,11 +53,29 @@ class Edges:
 
 @dataclass(frozen=True)
 class NodeType:
-    """A type of nodes: users, items. file: where the names of its nodes are."""
+    """A type of nodes: users, items. file: where the names of its nodes are. num_features: 0 where each node has a
+    vector of its own, and is no bag of features."""
 
     name: str
     num_nodes: int
     file: str = "nodes.txt"
+    num_features: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """Vectors of the type."""
+        return self.num_features or self.num_nodes
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Features of each node of a type: those of node n are features[offsets[n]:offsets[n + 1]], one at least."""
+
+    offsets: npt.NDArray[np.int64]  # (N + 1,)
+    features: npt.NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
 
 Pair = tuple[int, int]
@@ -74,6 +94,7 @@ class Graph:
     added_to: list[dict[str, Any]] = field(default_factory=list, repr=False)  # versions that this one grew from
     type_counts: dict[str, int] = field(default_factory=dict, repr=False)  # nodes by type; none: they have no types
     relation_types: list[Pair] = field(default_factory=list, repr=False)  # by relation, where nodes have types
+    feature_counts: dict[str, int] = field(default_factory=dict, repr=False)  # features, of types that are bags of them
 
     @classmethod
     def open(cls, folder: Path | str) -> "Graph":
@@ -88,8 +109,9 @@ class Graph:
             counts = raw["num_nodes"], raw["num_relations"]
             pairs = [(head, tail) for head, tail in raw.get("relation_types", [])]
             graph = cls(
-                folder, *counts, raw["splits"], raw["files"], raw.get("added_to", []), raw.get("types", {}), pairs
-            )
+                folder, *counts, raw["splits"], raw["files"], raw.get("added_to", []), raw.get("types", {}), pairs,
+                raw.get("features", {}),
+            )  # fmt: skip
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error})", "Import the graph again.") from None
         if version > FORMAT_VERSION:
@@ -111,7 +133,25 @@ class Graph:
         """Types by number; one where nodes were given none."""
         if not self.is_typed:
             return [NodeType(ONLY_TYPE, self.num_nodes)]
-        return [NodeType(name, count, names_file(name)) for name, count in self.type_counts.items()]
+        return [
+            NodeType(name, count, names_file(name), self.feature_counts.get(name, 0))
+            for name, count in self.type_counts.items()
+        ]
+
+    @cached_property
+    def bags(self) -> list[Bags | None]:
+        """By type: its nodes' features, or None where they have vectors of their own. Raises DataError: damaged."""
+        return [self._bags(kind) if kind.num_features else None for kind in self.types]
+
+    def _bags(self, kind: NodeType) -> Bags:
+        stem = self.folder / f"bags.{kind.name}"
+        bags = Bags(np.fromfile(f"{stem}.offsets", "<i8"), np.fromfile(f"{stem}.features", "<i4"))
+        ordered = len(bags) == kind.num_nodes and bags.offsets[0] == 0 and bags.offsets[-1] == len(bags.features)
+        if not ordered or (np.diff(bags.offsets) < 1).any():
+            raise DataError(f"{stem}.offsets is damaged: not every node has features", "Import the graph again.")
+        if bags.features.min() < 0 or bags.features.max() >= kind.num_features:
+            raise DataError(f"{stem}.features has a number that is no feature's", "Import the graph again.")
+        return bags
 
     @property
     def counts(self) -> list[int]:

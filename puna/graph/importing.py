@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,6 +56,7 @@ def import_graph(
     add: Path | str | None = None,
     walks: Walks | None = None,
     types: Path | str | None = None,
+    features: Path | str | None = None,
 ) -> dict[str, Any]:
     """Write the edge files `splits` (train, valid, test) as a graph.
 
@@ -62,12 +64,13 @@ def import_graph(
     numbered as they are first met, train first. add: a graph whose nodes, relations and edges come first, with their
     numbers; it stays as it is. walks: the training edges become a split `links`, and those of `train` are nodes that
     stand near each other in walks over them, with counts as weights. types: a file with a row for each relation: its
-    name, the type of its heads, the type of its tails; each type has names and numbers of its own.
+    name, the type of its heads, the type of its tails; each type has names and numbers of its own. features: a file
+    with rows of type, node, feature: the nodes of these types are bags of features.
 
     Returns out, num_nodes, num_relations, edges by split, num_unseen (nodes that only valid or test have), with add
-    num_new_nodes, and where nodes have types, types (nodes of each). Raises DataError: a bad row (file and line), a
-    weight that is no finite number, a relation that no training edge has or that has no types, no edge, `out` holds a
-    graph already.
+    num_new_nodes, where nodes have types, types (nodes of each), and features (of types that have them). Raises
+    DataError: a bad row (file and line), a weight that is no finite number, a relation that no training edge has or
+    that has no types, a node without features where its type has any, no edge, `out` holds a graph already.
     """
     _require_columns(columns)
     form = _Form(columns, delimiter, header)
@@ -78,6 +81,10 @@ def import_graph(
     if walks and (types or (base and base.is_typed)):
         given = types or (base and base.folder)
         raise DataError(f"walks go over nodes of one type, but {given} gives them types", "Leave one of the two out.")
+    if features and not types:
+        raise DataError(f"{features} gives types features, but nodes have no types", "Give them with --types.")
+    if base and (features or base.feature_counts):
+        raise DataError(f"features cannot be added to {base.folder}", "Import the whole graph at once.")
     if walks and walks.contexts and base:
         raise DataError(f"contexts cannot be added to {base.folder}", "Import the whole graph at once.")
     if (out / MANIFEST).exists():
@@ -86,7 +93,7 @@ def import_graph(
         has = "no weights" if form.weighted else "weights"
         raise DataError(f"{base.folder} has edges with {has}", "Give rows of the same kind, by --columns.")
     out.mkdir(parents=True, exist_ok=True)
-    graph, num_unseen = _write(splits, out, form, base, pairs)
+    graph, num_unseen = _write(splits, out, form, base, pairs, Path(features) if features else None)
     if walks:
         graph = _walked(graph, walks)
     write_manifest(graph)
@@ -98,7 +105,8 @@ def import_graph(
         "num_unseen": num_unseen,
     }
     told |= {"num_new_nodes": graph.num_nodes - base.num_nodes} if base else {}
-    return told | ({"types": graph.type_counts} if graph.is_typed else {})
+    told |= {"types": graph.type_counts} if graph.is_typed else {}
+    return told | ({"features": graph.feature_counts} if features else {})
 
 
 def read_types(path: Path) -> dict[str, tuple[str, str]]:
@@ -179,6 +187,36 @@ class _Nodes:
             self.names[name] = Names(self._open(names_file(name)))
         return list(self.names).index(name)
 
+    def read_features(self, path: Path) -> dict[str, int]:
+        """Write bags and names of features (see `puna.graph.graph`); how many features each type has. Raises DataError:
+        a bad row, a type of no relation (file and line), a node without a feature."""
+        kinds, found = Names(BytesIO()), dict[str, tuple[Names, list[npt.NDArray[np.int32]]]]()
+        for rows in read(path, 3):
+            numbers = kinds.numbers(rows.columns[0])
+            for number in np.unique(numbers):
+                own = np.flatnonzero(numbers == number)
+                name = rows.columns[0].text(int(own[0]))
+                if name not in self.names:
+                    raise DataError(f"{rows.place(int(own[0]))}: no relation has the type {name!r}", "Mend the row.")
+                if name not in found:
+                    found[name] = Names(self._open(f"features.{name}.txt")), []
+                bags, (features, pairs) = self.names[name], found[name]
+                nodes, parts = (Column(c.data, c.starts[own], c.ends[own]) for c in rows.columns[1:])
+                pairs.append(np.stack([bags.numbers(nodes), features.numbers(parts)]))
+        for name, (_, pairs) in found.items():
+            self._write_bags(name, np.concatenate(pairs, axis=1), path)
+        return {name: features.count for name, (features, _) in found.items()}
+
+    def _write_bags(self, name: str, pairs: npt.NDArray[np.int32], path: Path) -> None:
+        nodes, features = pairs[:, np.argsort(pairs[0], kind="stable")]
+        sizes = np.bincount(nodes, minlength=self.names[name].count)
+        if not sizes.all():
+            count = int((sizes == 0).sum())
+            raise DataError(f"{path} has no feature of {count:,} nodes of the type {name}", "Give each node one.")
+        for end, values in (("offsets", np.concatenate([[0], np.cumsum(sizes)])), ("features", features)):
+            file = self._open(f"bags.{name}.{end}")
+            file.write(np.ascontiguousarray(values, {"offsets": "<i8", "features": "<i4"}[end]).data)
+
     def counts(self) -> dict[str, int]:
         """Nodes by type; nothing where they have none."""
         return {name: names.count for name, names in self.names.items()} if self.is_typed else {}
@@ -195,6 +233,7 @@ def _write(
     form: _Form,
     base: Graph | None,
     pairs: Mapping[str, tuple[str, str]] | None,
+    features: Path | None,
 ) -> tuple[Graph, int]:
     """All splits and names; the graph, without its manifest, and the nodes that training has not seen."""
     counts: dict[str, int] = {}
@@ -212,6 +251,7 @@ def _write(
             counts[split], written = writer.write(source)
             files |= written
             trained = trained or nodes.count
+        counted = nodes.read_features(features) if features else {}
         _sync([relation_file])
         names = nodes.synced()
     if not counts["train"]:
@@ -220,7 +260,7 @@ def _write(
         files[name] = {"bytes": (out / name).stat().st_size, "sha256": sha256_of(out / name)}
     facts = {split: {"edges": count, "weighted": form.weighted} for split, count in counts.items()}
     added_to = [*base.added_to, base.version] if base else []
-    kinds = (nodes.counts(), nodes.ends) if nodes.is_typed else ({}, [])
+    kinds = (nodes.counts(), nodes.ends, counted) if nodes.is_typed else ({}, [])
     return Graph(out, nodes.count, relations.count, facts, files, added_to, *kinds), nodes.count - trained
 
 
@@ -359,6 +399,8 @@ def write_manifest(graph: Graph) -> None:
     }
     if graph.is_typed:
         manifest |= {"types": graph.type_counts, "relation_types": graph.relation_types}
+    if graph.feature_counts:
+        manifest["features"] = graph.feature_counts
     if graph.added_to:
         manifest["added_to"] = graph.added_to
     _write_last(graph.folder / MANIFEST, json.dumps(manifest, indent=1).encode())

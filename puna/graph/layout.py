@@ -1,7 +1,8 @@
 """Where a node's row is: type t's node n of P partitions is row n // P of the rows of t in partition n % P.
 
 A partition holds the rows of every type that is cut, one type after the other. Types that are not cut (few countries)
-stand together in a partition of their own, WHOLE, which is always in memory.
+stand together in a partition of their own, WHOLE, which is always in memory. Where nodes are bags of features, the rows
+are those of the features, and the type is not cut.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ WHOLE = -1
 
 @dataclass(frozen=True)
 class Layout:
-    """counts: nodes of each type. whole: which types are not cut; with one partition no type needs to be."""
+    """counts: rows of each type. whole: which types are not cut; with one partition no type needs to be."""
 
     counts: tuple[int, ...]
     parts: int
@@ -39,14 +40,15 @@ class Layout:
                 f"graph.unpartitioned names {unknown[0]!r}, but the graph's types are {', '.join(names)}",
                 "Name types of the graph, as in the file given with `puna graph import --types`.",
             )
-        if types and len(config.unpartitioned) == len(types) and config.num_partitions > 1:
+        cut = config.num_partitions > 1
+        whole = tuple(cut and (kind.name in config.unpartitioned or kind.num_features > 0) for kind in types)
+        if all(whole):
             raise RecipeError(
-                f"graph.unpartitioned names every type, but graph.num_partitions is {config.num_partitions}",
+                f"graph.num_partitions is {config.num_partitions}, but every type is in graph.unpartitioned or has "
+                "features",
                 "Set graph.num_partitions to 1, or leave a type out.",
             )
-        cut = config.num_partitions > 1
-        whole = tuple(cut and name in config.unpartitioned for name in names)
-        return cls(tuple(kind.num_nodes for kind in types), config.num_partitions, whole)
+        return cls(tuple(kind.num_rows for kind in types), config.num_partitions, whole)
 
     @classmethod
     def plain(cls, config: GraphConfig, num_nodes: int) -> "Layout":

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from puna.errors import CheckpointError, DiskFull
 from puna.graph.buckets import Bucket, Residents
 from puna.graph.config import GraphConfig
+from puna.graph.graph import Bags
 from puna.graph.layout import WHOLE, Layout
 from puna.graph.tables import fill_normal
 from puna.graph.worker import Part
@@ -101,12 +102,19 @@ class Table:
     """Vectors of all nodes, and their Adagrad sums, in two row stores: `nodes` and `nodes.adagrad`."""
 
     def __init__(
-        self, run: Path, config: GraphConfig, nodes: Layout | int, key: int, known: Known | None = None
+        self,
+        run: Path,
+        config: GraphConfig,
+        nodes: Layout | int,
+        key: int,
+        known: Known | None = None,
+        bags: Sequence[Bags | None] = (),
     ) -> None:
         """nodes: where they are, or how many where they have one type. key: 64 bits, from which fresh vectors come.
-        known: where rows begin otherwise."""
+        known: where rows begin otherwise. bags: by type, where nodes are bags of features."""
         self.layout = Layout.plain(config, nodes) if isinstance(nodes, int) else nodes
         self.config, self.key, self.known = config, key, known
+        self.bags = bags or [None] * len(self.layout.counts)
         self.vectors = _Store(run, "nodes", self.flush)
         self.sums = _Store(run, "nodes.adagrad", self.flush)
         self.num_reads = 0
@@ -124,10 +132,10 @@ class Table:
 
     def by_type(self, partition: int, part: Part) -> list[Part]:
         """What of a partition in memory is of each type; all of a type's nodes where it is not cut."""
-        if len(self.layout.counts) == 1:
+        if self.bags == [None]:
             return [part]
         spans, whole = dict(self.layout.spans(partition)), self._whole()
-        own = {kind: Part(part.vectors[rows], part.sums[rows]) for kind, rows in spans.items()}
+        own = {kind: Part(part.vectors[rows], part.sums[rows], self.bags[kind]) for kind, rows in spans.items()}
         nothing = Part(part.vectors[:0], part.sums[:0])
         return [whole.get(kind) or own.get(kind, nothing) for kind in range(len(self.layout.counts))]
 
@@ -139,7 +147,7 @@ class Table:
             self._changed.add(WHOLE)
             part = self._parts[WHOLE]
             for kind, rows in self.layout.spans(WHOLE) if not self._cut_whole else ():
-                self._cut_whole[kind] = Part(part.vectors[rows], part.sums[rows])
+                self._cut_whole[kind] = Part(part.vectors[rows], part.sums[rows], self.bags[kind])
         return self._cut_whole
 
     def take(self, order: Sequence[Bucket], at: int = 0) -> list[Part]:

@@ -306,9 +306,7 @@ def import_checkpoint(config: Config, folder: Path, graph: Graph, settings: Grap
     table, relations = Table(run, settings, layout, 0), fresh_relations(settings, graph.num_relations)
     with ExitStack() as stack:
         model = stack.enter_context(h5py.File(folder / f"model.v{version}.h5", "r"))
-        tables = [
-            [stack.enter_context(h5py.File(path, "r"))["embeddings"] for path in own] for own in paths.values()
-        ]
+        tables = [[stack.enter_context(h5py.File(path, "r"))["embeddings"] for path in own] for own in paths.values()]
         held = [sum(map(len, own)) for own in tables]
         if held != graph.counts:
             has = f"{sum(held):,} vectors for {graph.num_nodes:,} nodes"
@@ -380,6 +378,9 @@ def export(scorer: Scorer, out: Path) -> None:
     config, graph = scorer.config, scorer.graph
     if config.operator not in PARAMETERS:
         raise DataError(f"PyTorch-BigGraph has no operator {config.operator}", "Export another form.")
+    if graph.feature_counts:
+        problem = "nodes are bags of features, which are not written for PyTorch-BigGraph"
+        raise DataError(problem, "Export another form.")
     if config.reciprocal and len(graph.pairs) > 1:
         raise DataError(
             "relations are reciprocal and lead from several types or to several; PyTorch-BigGraph's dynamic relations "

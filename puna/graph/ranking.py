@@ -21,6 +21,7 @@ from puna.graph.compiled import kernel
 from puna.graph.config import GraphConfig, Sampling
 from puna.graph.graph import Edges, Graph, Pair
 from puna.graph.layout import Layout
+from puna.graph.tables import gather_bags
 from puna.graph.worker import Relations
 
 EVAL_QUERIES, EVAL_NODES = 1024, 1 << 14
@@ -53,15 +54,27 @@ class Scorer:
         return Layout.of(self.config, self.graph.types)
 
     def vectors(self, nodes: npt.NDArray[Any], kind: int = 0) -> npt.NDArray[np.float32]:
-        """Copies of the vectors of these nodes of a type, (N, D)."""
+        """Copies of the vectors of these nodes of a type, (N, D); means where they are bags of features."""
         out = np.empty((len(nodes), self.config.dim), np.float32)
+        if bags := self.graph.bags[kind]:
+            gather_bags(self.features(kind), bags.offsets, bags.features, nodes, out)
+            return out
         for part, own, rows in self.layout.places(kind, nodes):
             out[own] = self.view(part)[rows]
         return out
 
+    def features(self, kind: int) -> np.ndarray:
+        """Vectors of the features of a type, (F, D)."""
+        (part,) = self.layout.homes(kind)
+        return self.view(part, self.layout.span(kind, part))
+
     def pieces(self, kind: int, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
         """Vectors of a type, at most `size` at a time: the first one's node, how far apart the nodes of two rows are,
         and the rows."""
+        if bags := self.graph.bags[kind]:
+            for start in range(0, len(bags), size):
+                yield start, 1, self.vectors(np.arange(start, min(start + size, len(bags))), kind)
+            return
         step = self.layout.step(kind)
         for first, part in enumerate(self.layout.homes(kind)):
             span = self.layout.span(kind, part)

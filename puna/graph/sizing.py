@@ -1,12 +1,12 @@
 """`--size auto`: settings from a graph's number of nodes, of edges, and the memory of the machine.
 
-    dim                 32 below 1,000 nodes, 64 below 10,000, 128 below 100,000, 200 below 10 million, then 100
-    batch_edges         a 500th of the edges, in whole hundreds, from 100 to 5,000
-    num_batch_negs      50
-    num_uniform_negs    500 below 100,000 nodes, 200 below a million, then 50; never more than the nodes
-    epochs              30 million edges in all, from 3 to 100 times each
-    lr                  0.1, of row-wise Adagrad
-    num_partitions      the fewest that fit half of the memory, where graph.memory does not say how much
+dim                 32 below 1,000 nodes, 64 below 10,000, 128 below 100,000, 200 below 10 million, then 100
+batch_edges         a 500th of the edges, in whole hundreds, from 100 to 5,000
+num_batch_negs      50
+num_uniform_negs    500 below 100,000 nodes, 200 below a million, then 50; never more than the nodes
+epochs              30 million edges in all, from 3 to 100 times each
+lr                  0.1, of row-wise Adagrad
+num_partitions      the fewest that fit half of the memory, where graph.memory does not say how much
 """
 
 from typing import Any

@@ -77,11 +77,12 @@ class GraphTask(Task):
         self.num_workers = num_workers(num_threads)
         known = (start.counts, start.num_relations) if start and config.freeze else None
         layout = Layout.of(config, graph.types)
+        self._refuse_with_features(start)
         self.buckets = Buckets.open(graph, "train", config.num_partitions, known, layout.whole)
         self.total = config.epochs * int(self.buckets.offsets[-1])
         self.schedule = Schedule(schedule, TrainConfig(tokens=self.total))
         self.plan = self._plan()
-        self.table = Table(run, config, layout, key_of(seed, "nodes"), start)
+        self.table = Table(run, config, layout, key_of(seed, "nodes"), start, graph.bags)
         self.relations = fresh_relations(config, graph.num_relations)
         if start:
             start.fill_relations(self.relations)
@@ -177,6 +178,15 @@ class GraphTask(Task):
                 f"Give more memory, or more than {self.config.num_partitions} partitions (graph.num_partitions).",
             )
         return told
+
+    def _refuse_with_features(self, start: Start | None) -> None:
+        named = [key for key in ("all_negs", "max_norm") if self.config.model_dump()[key]]
+        if self.graph.feature_counts and (named or start):
+            key = named[0] if named else "start"
+            raise RecipeError(
+                f"graph.{key} is set, but the nodes of {next(iter(self.graph.feature_counts))} are bags of features",
+                f"Leave graph.{key} out: it is for nodes with vectors of their own.",
+            )
 
     def _path(self, epoch: int, chunk: int) -> list[Bucket]:
         """A round's buckets that have edges, in its order."""

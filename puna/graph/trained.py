@@ -1,6 +1,5 @@
 """A trained run, read again: ranks on a split, exported tables, nearest nodes, a beginning for another run."""
 
-import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,8 +16,8 @@ from puna.graph import scores
 from puna.graph.config import GraphConfig, Sampling
 from puna.graph.graph import Graph
 from puna.graph.growing import Start
-from puna.graph.names import names_of, number_of, stream_names
 from puna.graph.layout import Layout
+from puna.graph.names import names_of, number_of, stream_names
 from puna.graph.partitions import Table, name_of
 from puna.graph.ranking import EVAL_NODES, Scorer, draw_all, rank
 from puna.graph.task import fresh_relations, relation_tensors
@@ -54,9 +53,9 @@ def _load(run: Path, config: GraphConfig, graph: Graph, step: int | None) -> tup
         state["relations"] = Tensors(lambda: relation_tensors(relations))
     manifest = checkpoint.load(run, state, step)
     held = sum(len(table.view(part)) for part in layout.partitions if name_of(part) in table.vectors)
-    if held != graph.num_nodes:
+    if held != sum(layout.counts):
         raise DataError(
-            f"{run} has vectors of {held:,} nodes, but {graph.folder} has {graph.num_nodes:,}",
+            f"{run} has vectors of {held:,} nodes, but {graph.folder} has {sum(layout.counts):,}",
             "Name the graph that it was trained on with --data, or train until every partition was visited.",
         )
     return Scorer(config, graph, table.view, relations), table, manifest.cursor.units
@@ -174,7 +173,8 @@ def _find(graph: Graph, name: str, type_name: str | None) -> tuple[int, int]:
         raise DataError(f"{graph.folder} has no node named {name!r}", f"Names are as in its {files}.")
     if len(found) > 1:
         named = ", ".join(graph.types[kind].name for kind, _ in found)
-        raise DataError(f"the types {named} of {graph.folder} each have a node named {name!r}", "Say which with --type.")
+        problem = f"the types {named} of {graph.folder} each have a node named {name!r}"
+        raise DataError(problem, "Say which with --type.")
     return found[0]
 
 

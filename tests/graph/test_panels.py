@@ -17,8 +17,8 @@ from html_page import Page
 
 FLAGS = [
     "--run.num_threads", "1", "--run.tensorboard", "false", "--graph.dim", "8", "--graph.operator", "diagonal",
-    "--graph.batch_edges", "40", "--graph.num_batch_negs", "10", "--graph.num_uniform_negs", "10", "--graph.epochs", "2",
-    "--graph.n3", "0", "--checkpoint.every", "4", "--eval.every", "4", "--eval.tokens", "50",
+    "--graph.batch_edges", "40", "--graph.num_batch_negs", "10", "--graph.num_uniform_negs", "10",
+    "--graph.epochs", "2", "--graph.n3", "0", "--checkpoint.every", "4", "--eval.every", "4", "--eval.tokens", "50",
 ]  # fmt: skip
 
 

@@ -13,7 +13,10 @@ from puna.graph.config import GraphConfig
 from puna.graph.sizing import sized
 
 GB = 10**9
-FAST = ["--graph.epochs", "1", "--run.num_threads", "1", "--run.tensorboard", "false", "--eval.tokens", "0", "--eval.every", "0"]
+FAST = [
+    "--graph.epochs", "1", "--run.num_threads", "1", "--run.tensorboard", "false", "--eval.tokens", "0", "--eval.every",
+    "0",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -48,16 +51,16 @@ def test_flags_stay_and_the_recipe_says_where_a_value_is_from(planted, capsys):
     )
     found = with_sizes(loaded)
     graph = found.recipe.graph
-    assert (graph.dim, graph.batch_edges, graph.epochs, graph.size) == (10, 100, 100, "")
+    assert (graph.dim, graph.batch_edges, graph.epochs, graph.size) == (10, 100, 100, "given")
     assert (found.origins["graph.dim"], found.origins["graph.epochs"]) == ("flag", "size auto")
     assert (graph.operator, found.origins["graph.operator"]) == ("complex_diagonal", "recipe graph-small")
     told = " ".join(capsys.readouterr().err.split())
     assert told.startswith("for 60 nodes and 1,200 edges: batch_edges 100, num_batch_negs 50, num_uniform_negs 60")
     plain = recipe.load("graph-small", ["--data.path", str(planted.folder)])
     assert with_sizes(plain) is plain
-    with pytest.raises(RecipeError, match="batch_edges is 100, no multiple of graph.num_batch_negs 30"):
+    with pytest.raises(RecipeError, match=r"batch_edges is 100, no multiple of graph.num_batch_negs 30"):
         with_sizes(recipe.load("graph-small", [*_of(planted), "--graph.num_batch_negs", "30"]))
-    with pytest.raises(RecipeError, match="graph.size is 'auto', but task is pretrain"):
+    with pytest.raises(RecipeError, match=r"graph.size is 'auto', but task is pretrain"):
         recipe.load("tiny", ["--graph.size", "auto"])
 
 

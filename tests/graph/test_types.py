@@ -123,7 +123,7 @@ def test_mistakes_in_types(tmp_path, types, told):
 def test_what_types_do_not_go_with(planted, shop, tmp_path):
     files = {"train": shop.folder.parent / "train.tsv"}
     types = shop.folder.parent / "types.tsv"
-    with pytest.raises(DataError, match="the nodes of .* have no types"):
+    with pytest.raises(DataError, match=r"the nodes of .* have no types"):
         import_graph(files, tmp_path / "a", add=planted.folder, types=types)
     with pytest.raises(DataError, match="walks go over nodes of one type"):
         import_graph(files, tmp_path / "b", walks=Walks(1), types=types)
@@ -144,7 +144,7 @@ def test_a_number_that_is_none_of_its_type_is_told_by_file_and_row(shop, tmp_pat
     tails[row] = 5
     tails.tofile(copy / "train.tails")
     task = task_of(Graph.open(copy), tmp_path / "run")
-    with pytest.raises(DataError, match=rf"train.tails, row {row + 1}: tails has the number 5, .* 4 nodes of the type co"):
+    with pytest.raises(DataError, match=rf"train.tails, row {row + 1}: tails has the number 5, .* 4 nodes of the type"):
         task._edges(next(task.units(Cursor())))
     with pytest.raises(DataError, match=rf"train.tails, row {row + 1}:"):
         task_of(Graph.open(copy), tmp_path / "run", num_partitions=2)
@@ -161,7 +161,8 @@ def test_batches_are_of_two_types_and_draw_among_these(shop, tmp_path, values, r
     class Spy(module.Worker):
         def train(self, edges, pool, key, head_part, tail_part, sides, rates):
             out = super().train(edges, pool, key, head_part, tail_part, sides, rates)
-            seen.append((edges, pool, (head_part, tail_part), [side.drawn_rows.copy() for side in (self.heads, self.tails)]))
+            drawn = [side.drawn_rows.copy() for side in (self.heads, self.tails)]
+            seen.append((edges, pool, (head_part, tail_part), drawn))
             return out
 
     monkeypatch.setattr(module, "Worker", Spy)
@@ -379,11 +380,12 @@ def test_a_graph_with_types_grows(shop, tmp_path):
 
 def test_walks_to_contexts(tmp_path):
     (tmp_path / "links.tsv").write_text("a\tb\nb\tc\nc\ta\n")
-    told = import_graph({"train": tmp_path / "links.tsv"}, tmp_path / "g", ("head", "tail"), walks=Walks(3, contexts=True))
+    files, columns = {"train": tmp_path / "links.tsv"}, ("head", "tail")
+    told = import_graph(files, tmp_path / "g", columns, walks=Walks(3, contexts=True))
     assert told["types"] == {"node": 3, "context": 3}
     graph = Graph.open(tmp_path / "g")
     assert (graph.names(0), graph.names(1), graph.pairs) == (["a", "b", "c"], ["a", "b", "c"], [(0, 1)])
-    alone = import_graph({"train": tmp_path / "links.tsv"}, tmp_path / "h", ("head", "tail"), walks=Walks(3))
+    alone = import_graph(files, tmp_path / "h", columns, walks=Walks(3))
     assert alone["edges"] == told["edges"]
     np.testing.assert_array_equal(graph.edges("train").tails, Graph.open(tmp_path / "h").edges("train").tails)
     task = task_of(graph, tmp_path / "run", operator="none", epochs=1)
