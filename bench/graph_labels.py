@@ -2,10 +2,10 @@
 
     python bench/graph_labels.py --data blogcatalog.mat --out runs/labels --json
 
-Vectors come from the recipe `blogcatalog`, over random walks (--walks) or over the edges alone (--walks 0). Then, ten
-times: a share of the nodes is drawn, one logistic regression a label (L2, C = 1, the constant regularised too, as
-liblinear's) is fitted to their vectors, and each other node is given as many of the likeliest labels as it has. Needs
-scipy. DeepWalk's published micro-F1 at 50 % is 41.51.
+Vectors come from the recipe `blogcatalog`, over random walks to contexts (--walks), walks within one table
+(--one-table) or over the edges alone (--walks 0). Then, ten times: a share of the nodes is drawn, one logistic
+regression a label (L2, C = 1, the constant regularised too, as liblinear's) is fitted to their vectors, and each other
+node is given as many of the likeliest labels as it has. Needs scipy. DeepWalk's published micro-F1 at 50 % is 41.51.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def vectors_of(graph: Graph, folder: Path, words: list[str]) -> np.ndarray:
     """Vectors in the order of the data's nodes."""
     run.train(recipe.load("blogcatalog", [f"--data.path={graph.folder}", f"--run.dir={folder}", *words]))
     scorer, _ = load(folder, recipe.load(folder).recipe.graph, graph)
-    found = np.empty((graph.num_nodes, scorer.config.dim), np.float32)
-    found[np.array(graph.names()).astype(int)] = scorer.vectors(np.arange(graph.num_nodes))
+    found = np.empty((graph.counts[0], scorer.config.dim), np.float32)
+    found[np.array(graph.names()).astype(int)] = scorer.vectors(np.arange(graph.counts[0]))
     return found
 
 
@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="blogcatalog.mat: sparse network and group")
     parser.add_argument("--out", type=Path, default=Path("runs/labels"))
     parser.add_argument("--walks", type=int, default=80, help="walks from each node; 0: the edges alone")
+    parser.add_argument("--one-table", action="store_true", help="contexts are nodes, not a type of their own")
     parser.add_argument("--shares", default="50", help="per cent of the nodes whose labels are known")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", action="store_true", help="print JSON only on stdout")
@@ -97,16 +98,20 @@ def main() -> None:
     args = parser.parse_args()
     mat = loadmat(args.data)
     labels = mat["group"].toarray()
-    graph = graph_of(mat, args.out / f"graph-{args.walks}", Walks(args.walks) if args.walks else None)
+    name = f"{args.walks}{'-one' if args.one_table else ''}"
+    walks = Walks(args.walks, contexts=not args.one_table) if args.walks else None
+    graph = graph_of(mat, args.out / f"graph-{name}", walks)
     words = ["--run.tensorboard=false", f"--run.num_threads={args.threads}", "--eval.every=0", "--eval.tokens=0"]
     began = time.perf_counter()
-    vectors = vectors_of(graph, args.out / f"run-{args.walks}", [*words, *args.extra])
+    vectors = vectors_of(graph, args.out / f"run-{name}", [*words, *args.extra])
     seconds = time.perf_counter() - began
     found = {share: scores(vectors, labels, share / 100) for share in map(int, args.shares.split(","))}
     for share, figures in found.items():
         print(f"{share} %: {figures}  DeepWalk {DEEPWALK[share]}", file=sys.stderr)
     result = {
         "walks": args.walks,
+        "contexts": graph.is_typed,
+        "settings": recipe.load("blogcatalog", args.extra).recipe.graph.model_dump(),
         "train_edges": graph.splits["train"]["edges"],
         "train_s": seconds,
         "scores": found,

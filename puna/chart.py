@@ -84,6 +84,26 @@ def chart(
     )
 
 
+def cloud(groups: Sequence[tuple[str, Sequence[tuple[float, float, str]]]]) -> str:
+    """Named groups of points (x, y, word) as an SVG figure without scales; a point's word is its tooltip."""
+    width, height = WIDE
+    xs, ys = ([point[i] for _, own in groups for point in own] for i in (0, 1))
+    x_axis, y_axis = Axis(min(xs), max(xs), LEFT, width - LEFT), Axis(min(ys), max(ys), height - TOP, TOP)
+    parts, keys = [], []
+    for n, (name, own) in enumerate(groups):
+        style = "abc"[n % 3]
+        dots = (
+            f'<circle cx="{x_axis(x):.1f}" cy="{y_axis(y):.1f}" r="3"><title>{escape(word)}</title></circle>'
+            for x, y, word in own
+        )
+        parts.append(_group(f"{style} dots", dots))
+        keys.append(f'<span class="key {style} dots"><i></i>{escape(name)}</span>')
+    return (
+        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="points">{"".join(parts)}</svg>'
+        f"<figcaption>{''.join(keys)}</figcaption></figure>"
+    )
+
+
 def bars(rows: Sequence[tuple[str, float, str, str]]) -> str:
     """Horizontal bars from rows (name, value, the value in words, css class)."""
     longest = max(value for _, value, _, _ in rows)

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from puna import predicted
+from puna.console import err
 from puna.errors import DataError, DeviceError, RecipeError
 from puna.llama import hub
 from puna.llama.identity import identity
@@ -22,7 +23,7 @@ from puna.llama.packing import IGNORED, Batch, Stream, packed
 from puna.llama.shards import AGAIN, Shards
 from puna.llama.targets import Targets, count_targets
 from puna.llama.tokenizer import Tokenizer
-from puna.recipe import Loaded, Recipe, Stage, check_ranks, stages
+from puna.recipe import FLAG, Loaded, Recipe, Stage, check_ranks, laid_over, stages
 from puna.train.mesh import axis_sizes, choose_compute, choose_device
 
 NUM_ROWS = 32
@@ -96,7 +97,7 @@ def check(loaded: Loaded) -> dict[str, Any]:
     RecipeError and DeviceError where the mesh, the batches or the device are not possible."""
     recipe = loaded.recipe
     if recipe.task == "graph":
-        return check_graph(recipe)
+        return check_graph(with_sizes(loaded).recipe)
     if recipe.task != "pretrain":
         raise RecipeError(
             f"{recipe.run.dir} is to be a run of task {recipe.task}, and puna check knows token shards",
@@ -128,6 +129,27 @@ def check(loaded: Loaded) -> dict[str, Any]:
         "identity": {key: marks[key] for key in ("tokenizer", "special_tokens", "template", "dtype")},
         "samples": list(_samples(recipe, found)),
     }
+
+
+def with_sizes(loaded: Loaded) -> Loaded:
+    """A graph recipe with what `--size auto` decides in its place, told on stderr; flags stay. Raises DataError (no
+    graph), RecipeError."""
+    if loaded.recipe.graph.size == "given":
+        return loaded
+    from puna.graph.budget import Sizes
+    from puna.graph.graph import Graph
+    from puna.graph.sizing import sized
+    from puna.graph.task import num_workers
+    from puna.train.out_of_memory import limit_bytes
+
+    recipe = loaded.recipe
+    graph, job = Graph.open(recipe.data.path), (num_workers(recipe.run.num_threads), recipe.eval.tokens > 0)
+    found = sized(recipe.graph, Sizes.of(graph), limit_bytes(), *job)
+    found = {key: value for key, value in found.items() if loaded.origins[f"graph.{key}"] != FLAG.name}
+    shown = ", ".join(f"{key} {value}" for key, value in found.items())
+    err.print(f"for {graph.num_nodes:,} nodes and {graph.split('train')['edges']:,} edges: {shown}", markup=False)
+    values = {f"graph.{key}": value for key, value in (found | {"size": "given"}).items()}
+    return laid_over(loaded, values, "size auto")
 
 
 def check_graph(recipe: Recipe) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from puna.health_verbs import health
 from puna.plan_verbs import plan
 from puna.recipe_verbs import recipe
 from puna.recsys_verbs import recsys
-from puna.verbs import RECIPE_ARGUMENTS, as_json, memory, print_figures, recipe_name, settings, with_memory
+from puna.verbs import RECIPE_ARGUMENTS, as_json, memory, print_figures, recipe_name, settings, size, with_options
 
 EXTRAS = {
     "data": ("tokenizers", "trafilatura", "pyarrow", "backports"),
@@ -212,20 +212,23 @@ def corpus_tokenize(folder: Path, tokenizer: Path, out: Path, as_json: bool) -> 
 @recipe_name
 @settings
 @memory
+@size
 @as_json
-def train(recipe: str, overrides: tuple[str, ...], memory: str | None, as_json: bool) -> None:
+def train(recipe: str, overrides: tuple[str, ...], memory: str | None, size: str | None, as_json: bool) -> None:
     """Train by a recipe; resumes where the run directory stands.
 
     RECIPE is a name from `puna recipe list`, a TOML file, or a run directory; `puna recipe reference` lists what a
-    flag may set. A graph recipe with --memory is trained in the partitions that fit.
+    flag may set. A graph recipe with --memory is trained in the partitions that fit, and with --size auto by settings
+    from its numbers of nodes and edges.
 
     \b
     Example:  puna train demo --run.dir runs/mine --data.path shards --train.lr 1e-3
               puna train social --data.path graph --memory 4GB
+              puna train graph-small --data.path graph --size auto
     """
     from puna.recipe import load
 
-    loaded = load(recipe, with_memory(overrides, memory))  # before the slow import: a mistake is told at once
+    loaded = load(recipe, with_options(overrides, memory, size))  # before the slow import: a mistake is told at once
     from puna.run import train
 
     if figures := train(loaded):
@@ -278,8 +281,9 @@ def verify(run: Path, step: int | None, as_json: bool) -> int:
 @recipe_name
 @settings
 @memory
+@size
 @as_json
-def check(recipe: str, overrides: tuple[str, ...], memory: str | None, as_json: bool) -> None:
+def check(recipe: str, overrides: tuple[str, ...], memory: str | None, size: str | None, as_json: bool) -> None:
     """Say what a run would be, and refuse what would go wrong, before it starts.
 
     Paths, tokenizer and chat template, shapes, batches, memory of a rank, the share of tokens that train, and three
@@ -291,7 +295,7 @@ def check(recipe: str, overrides: tuple[str, ...], memory: str | None, as_json: 
     """
     from puna.recipe import load
 
-    loaded = load(recipe, with_memory(overrides, memory))  # before the slow import: a mistake is told at once
+    loaded = load(recipe, with_options(overrides, memory, size))  # before the slow import: a mistake is told at once
     from puna.check import check, show
     from puna.console import out
 
@@ -470,9 +474,14 @@ def report(run: Path) -> None:
     \b
     Example:  puna report runs/mine
     """
-    from puna.report import write_report
+    from puna.report import read, write_report
 
-    click.echo(write_report(run))
+    if read(run).setting("task") != "graph":
+        click.echo(write_report(run))
+        return
+    from puna.graph.panels import GRAPH_PANELS
+
+    click.echo(write_report(run, GRAPH_PANELS))
 
 
 # --- answers --------------------------------------------------------------------------------------------------------

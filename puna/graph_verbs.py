@@ -40,35 +40,45 @@ def graph() -> None:
 @click.option("--delimiter", help="What parts the fields  [default: a comma in .csv, else a tab]")
 @click.option("--header", is_flag=True, help="The first line of each file names its columns.")
 @click.option("--add", type=click.Path(path_type=Path), help="A graph whose nodes, relations and edges come first.")
+@click.option(
+    "--types", type=click.Path(path_type=Path), help="Rows of relation, type of its heads, type of its tails."
+)
+@click.option("--features", type=click.Path(path_type=Path), help="Rows of type, node, feature: nodes as bags.")
 @click.option("--walks", type=click.IntRange(1), help="Random walks from each node, in place of the training edges.")
 @click.option("--walk-length", default=40, show_default=True, type=click.IntRange(2), help="Nodes of a walk.")
 @click.option(
     "--window", default=10, show_default=True, type=click.IntRange(1), help="How far apart nodes of a walk meet."
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the walks.")
+@click.option("--contexts", is_flag=True, help="Walks lead to a second table, of contexts, as in skip-gram.")
 @as_json
 def graph_import(
     train: Path, valid: Path | None, test: Path | None, out: Path, columns: str, delimiter: str | None, header: bool,
-    add: Path | None, walks: int | None, walk_length: int, window: int, seed: int, as_json: bool,
+    add: Path | None, types: Path | None, features: Path | None, walks: int | None, walk_length: int, window: int,
+    seed: int, contexts: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Edge files to a graph folder.
 
     TSV, CSV or Parquet, plain or as .gz, .xz, .zst, .bz2; they stream, so that memory holds names' hashes and no edges.
     With --add the numbers of a graph stay, and it stays itself; with --walks nodes that stand near each other in random
-    walks become edges with a count as weight.
+    walks become edges with a count as weight. With --types nodes are of different kinds: each type has names, numbers
+    and negatives of its own, and a relation leads from one type to another.
 
     \b
     Example:  puna graph import --train train.txt.xz --valid valid.txt.xz --test test.txt.xz --out graph
               puna graph import --train follows.csv.gz --columns head,tail,weight --header --out graph
               puna graph import --train new.tsv --add graph --out grown
-              puna graph import --train links.tsv --columns head,tail --walks 80 --out walked
+              puna graph import --train buys.tsv --types types.tsv --out shop
+              puna graph import --train links.tsv --columns head,tail --walks 80 --contexts --out walked
     """
     from puna.graph.importing import import_graph
     from puna.graph.walks import Walks
 
     splits = {name: path for name, path in (("train", train), ("valid", valid), ("test", test)) if path}
-    walked = Walks(walks, walk_length, window, seed) if walks else None
-    figures = import_graph(splits, out, columns.split(","), delimiter, header, add=add, walks=walked)
+    walked = Walks(walks, walk_length, window, seed, contexts) if walks else None
+    figures = import_graph(
+        splits, out, columns.split(","), delimiter, header, add=add, walks=walked, types=types, features=features
+    )
     print_figures(figures, as_json)
 
 
@@ -165,11 +175,14 @@ def graph_migrate(config: Path, out: Path, root: Path, as_json: bool) -> None:
 @run_folder
 @click.argument("node")
 @click.option("--count", default=10, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option("--type", "type_name", help="The node's type, where several types have one of that name.")
 @of_step
 @of_graph
 @as_json
-def graph_neighbors(run: Path, node: str, count: int, step: int | None, data: Path | None, as_json: bool) -> None:
-    """The nodes nearest to a node.
+def graph_neighbors(
+    run: Path, node: str, count: int, type_name: str | None, step: int | None, data: Path | None, as_json: bool
+) -> None:
+    """The nodes of its type that are nearest to a node.
 
     By the run's comparator; a dot product is compared as a cosine, so that frequent nodes do not win by their length.
 
@@ -178,7 +191,7 @@ def graph_neighbors(run: Path, node: str, count: int, step: int | None, data: Pa
     """
     from puna.graph.trained import neighbors
 
-    figures = neighbors(_load(run, data, step)[0], node, count)
+    figures = neighbors(_load(run, data, step)[0], node, count, type_name)
     if not as_json:
         figures = {found["name"]: found["score"] for found in figures["neighbors"]}
     print_figures(figures, as_json)

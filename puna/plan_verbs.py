@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from puna.verbs import RECIPE_ARGUMENTS, as_json, memory, print_figures, recipe_name, settings, with_memory
+from puna.verbs import RECIPE_ARGUMENTS, as_json, memory, print_figures, recipe_name, settings, size, with_options
 
 csv_file = click.argument("file", metavar="FILE.csv", type=click.Path(path_type=Path))
 
@@ -297,18 +297,20 @@ def hardware(name: str | None, as_json: bool) -> None:
 @recipe_name
 @settings
 @memory
+@size
 @as_json
-def plan_graph(recipe: str, overrides: tuple[str, ...], memory: str | None, as_json: bool) -> None:
+def plan_graph(recipe: str, overrides: tuple[str, ...], memory: str | None, size: str | None, as_json: bool) -> None:
     """Partitions, their order, memory by use and disk traffic of a graph recipe.
 
-    With --memory the partitions are those that fit it, and `puna train` with the same flags trains in them.
+    With --memory the partitions are those that fit it, and `puna train` with the same flags trains in them; with --size
+    auto settings follow from the graph.
 
     \b
     Example:  puna plan graph social --data.path graph --memory 4GB --json
     """
     from puna.recipe import load
 
-    loaded = load(recipe, with_memory(overrides, memory))
+    loaded = load(recipe, with_options(overrides, memory, size))
     from puna.check import check
     from puna.plan.workload import PlanError
 

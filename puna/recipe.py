@@ -101,6 +101,7 @@ GRAPH_STARTER = (
     "graph.lr",
     "graph.memory",
     "graph.num_partitions",
+    "graph.unpartitioned",
     "graph.patience",
     "schedule.decay",
     "schedule.final_ratio",
@@ -217,6 +218,10 @@ class Recipe(LoopConfig):
 
     @model_validator(mode="after")
     def _memory_is_of_graphs(self) -> "Recipe":
+        if self.graph.size != "given" and self.task != "graph":
+            raise ValueError(
+                f"graph.size is {self.graph.size!r}, but task is {self.task}; leave it out, or name a graph recipe"
+            )
         if self.graph.memory and self.task != "graph":
             raise ValueError(
                 f"graph.memory is {self.graph.memory!r}, but task is {self.task}, which has no partitions to hold; "
@@ -409,6 +414,14 @@ def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Loaded:
     for layer, table in [*_files(_find(str(name_or_path), Path())), (FLAG, _flags(overrides))]:
         for key, value in _renewed(_entries(table, layer), layer):
             _lay(merged, key, value, layer)
+    recipe = _build(merged)
+    return Loaded(recipe, _origins(recipe, merged), dump_toml(recipe))
+
+
+def laid_over(loaded: Loaded, values: Mapping[str, Any], layer: str) -> Loaded:
+    """A recipe with other values of some dotted keys, as those of a layer with that name. Raises RecipeError."""
+    merged = {key: (value, Layer(loaded.origins[key])) for key, value in flat(loaded.recipe).items()}
+    merged |= {key: (value, Layer(layer)) for key, value in values.items()}
     recipe = _build(merged)
     return Loaded(recipe, _origins(recipe, merged), dump_toml(recipe))
 

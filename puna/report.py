@@ -537,23 +537,26 @@ def checkpoints(records: Records) -> str:
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
-def write_report(run: Path) -> Path:
-    """Write RUN/report.html from the files of the run directory `run`; returns its path. Raises DataError."""
+def write_report(run: Path, more: Sequence[Panel] = ()) -> Path:
+    """Write RUN/report.html from the files of the run directory `run`; returns its path. Raises DataError.
+
+    more: panels of the run's own room, which follow the first one.
+    """
     if not run.is_dir():
         raise DataError(
             f"There is no run directory at {run}", "Give the folder that `puna train` wrote (its --run.dir)."
         )
     page = run / "report.html"
     aside = run / f".report-{os.getpid()}.tmp"
-    aside.write_text(render(read(run)), encoding="utf-8")
+    aside.write_text(render(read(run), more), encoding="utf-8")
     os.replace(aside, page)
     return page
 
 
-def render(records: Records) -> str:
+def render(records: Records, more: Sequence[Panel] = ()) -> str:
     """The page as HTML."""
     name = escape(records.folder.resolve().name)
-    parts = "".join(_section(part, records) for part in PANELS)
+    parts = "".join(_section(part, records) for part in (*PANELS[:1], *more, *PANELS[1:]))
     problems = "".join(f"<li>{escape(problem)}</li>" for problem in records.problems)
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     policy = "default-src 'none'; style-src 'unsafe-inline'"

@@ -15,7 +15,7 @@ import torch
 
 import puna
 from puna import recipe as recipes
-from puna.check import WEIGHTS_DTYPE, count_ranks, inspect, refuse_other_mesh
+from puna.check import WEIGHTS_DTYPE, count_ranks, inspect, refuse_other_mesh, with_sizes
 from puna.console import err
 from puna.errors import CheckpointError, DataError, DeviceError, RecipeError
 from puna.llama import hub
@@ -101,18 +101,20 @@ def prepare(loaded: Loaded, run: Path) -> None:
 
 
 def train_graph(loaded: Loaded, run: Path, rank: int) -> None:
-    """Train a graph, in this process or by several trainers; with graph.memory, in the partitions that fit it.
+    """Train a graph, in this process or by several trainers; with graph.memory, in the partitions that fit it; with
+    graph.size, by its sizes.
 
     Raises DataError (no graph), RecipeError (too little memory, too few partitions, another graph.start).
     """
     from puna.graph.graph import Graph
 
-    graph = Graph.open(loaded.recipe.data.path)
+    graph, loaded = Graph.open(loaded.recipe.data.path), with_sizes(loaded)
     if loaded.recipe.graph.memory:
         loaded = within_memory(loaded, graph)
     trainers = num_trainers(loaded.recipe, run)
     if trainers:
         loaded = over_trainers(loaded, trainers)
+        refuse_whole_types(loaded.recipe, graph)
     recipe = loaded.recipe
     if rank == 0:
         with hold_lock(run):
@@ -154,6 +156,20 @@ def over_trainers(loaded: Loaded, trainers: int) -> Loaded:
     err.print(f"{least} partitions for {trainers} trainers", markup=False, soft_wrap=True)
     recipe = recipe.model_copy(update={"graph": recipe.graph.model_copy(update={"num_partitions": least})})
     return Loaded(recipe, loaded.origins | {"graph.num_partitions": "run.num_processes"}, recipes.dump_toml(recipe))
+
+
+def refuse_whole_types(recipe: Recipe, graph: Any) -> None:
+    """Raises RecipeError where a type is not cut: its vectors would be in every trainer's buckets at once."""
+    from puna.graph.layout import Layout
+
+    whole = Layout.of(recipe.graph, graph.types).whole
+    named = [kind.name for kind, one in zip(graph.types, whole, strict=True) if one]
+    if named:
+        raise RecipeError(
+            f"nodes of the type {', '.join(named)} are not cut into partitions; several processes cannot share them",
+            "Train by one process (run.num_processes 1), or leave the type out of graph.unpartitioned; "
+            "bags of features are never cut.",
+        )
 
 
 def graph_alone(recipe: Recipe, run: Path) -> None:
@@ -296,8 +312,8 @@ def graph_run(run: Path) -> Recipe:
 def migrate_graph(config: Path, out: Path, root: Path) -> dict[str, Any]:
     """PyTorch-BigGraph's configuration, with the files it names, as OUT/recipe.toml, OUT/graph and OUT/run.
 
-    Returns out, num_nodes, num_relations, edges by split, checkpoint (None where there is none), left_out (keys that
-    have no counterpart). Raises DataError.
+    Returns out, num_nodes, num_relations, types (nodes of each), edges by split, checkpoint (None where there is none),
+    left_out (keys that have no counterpart). Raises DataError.
     """
     from puna.graph import pbg
 
@@ -305,7 +321,8 @@ def migrate_graph(config: Path, out: Path, root: Path) -> dict[str, Any]:
         raise DataError(f"{out} is already there", "Name another folder with --out.")
     raw = pbg.read_config(config)
     found = pbg.convert(raw, config)
-    words = [f"--graph.{key}={str(value).lower()}" for key, value in found.settings.items()]
+    values = {key: json.dumps(v) if isinstance(v, list) else str(v).lower() for key, v in found.settings.items()}
+    words = [f"--graph.{key}={value}" for key, value in values.items()]
     words += [f"--data.path={out / 'graph'}", f"--run.dir={out / 'run'}", "--schedule.decay=constant"]
     loaded = recipes.load("social", words)
     edges = pbg.splits_of(raw["edge_paths"], root)
@@ -319,6 +336,7 @@ def migrate_graph(config: Path, out: Path, root: Path) -> dict[str, Any]:
         "out": str(out),
         "num_nodes": graph.num_nodes,
         "num_relations": graph.num_relations,
+        "types": {kind.name: kind.num_nodes for kind in graph.types},
         "edges": {split: facts["edges"] for split, facts in graph.splits.items()},
         "checkpoint": told,
         "left_out": found.left_out,

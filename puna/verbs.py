@@ -14,11 +14,15 @@ recipe_name = click.argument("recipe")
 settings = click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="[--section.key VALUE]...")
 
 memory = click.option("--memory", metavar="SIZE", help="Most memory of a graph run, such as 4GB; partitions follow.")
+size = click.option(
+    "--size", type=click.Choice(["auto"]), help="Settings of a graph run from its nodes and edges; flags stay."
+)
 
 
-def with_memory(overrides: tuple[str, ...], memory: str | None) -> tuple[str, ...]:
-    """The settings of a command line with what --memory stands for."""
-    return (*overrides, "--graph.memory", memory) if memory else overrides
+def with_options(overrides: tuple[str, ...], memory: str | None, size: str | None) -> tuple[str, ...]:
+    """The settings of a command line with what --memory and --size stand for."""
+    found = {"--graph.memory": memory, "--graph.size": size}
+    return (*overrides, *(word for key, value in found.items() if value for word in (key, value)))
 
 
 def print_figures(figures: dict[str, Any], as_json: bool) -> None:

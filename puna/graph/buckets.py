@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +16,15 @@ import numpy.typing as npt
 from puna.console import track
 from puna.errors import DataError
 from puna.graph.config import BucketOrder
-from puna.graph.graph import Edges, Graph, column_names
+from puna.graph.graph import ENDS, Edges, Graph, column_names
 
 Bucket = tuple[int, int]
 Move = tuple[int, int | None]
 """The partition that enters memory, and the one that leaves for it, if any does."""
 
 NEW = "edges with a new node or relation"
+Known = tuple[Sequence[int], int]
+"""Nodes of each type, and relations, that are known."""
 
 
 def partition_rows(num_nodes: int, num_partitions: int, partition: int) -> int:
@@ -39,25 +42,37 @@ class Buckets:
     weighted: bool
     offsets: npt.NDArray[np.int64]  # (P * P + 1,): bucket (i, j) is i * P + j
     num_partitions: int
+    whole: tuple[bool, ...]  # types that are not cut
 
     @classmethod
-    def open(cls, graph: Graph, split: str, num_partitions: int, known: tuple[int, int] | None = None) -> "Buckets":
+    def open(
+        cls,
+        graph: Graph,
+        split: str,
+        num_partitions: int,
+        known: Known | None = None,
+        whole: tuple[bool, ...] = (),
+    ) -> "Buckets":
         """Buckets are made, beside the graph, the first time that they are asked for; one alone is the split itself.
 
-        known: counts of the nodes and relations that are known; edges between those alone are then left out. Raises
-        DataError: no such split, a number of a node or relation that is out of range (file and row), no edge is left.
+        known: counts of the nodes and relations that are known; edges between those alone are then left out. whole:
+        for each type whether it is not cut; none is where it is empty. Raises DataError: no such split, a number of a
+        node or relation that is out of range (file and row), no edge is left.
         """
         weighted = graph.split(split)["weighted"]
+        whole = whole if any(whole) else ()
         if num_partitions == 1 and known is None:
-            return cls(graph, graph.folder, f"{split}.", weighted, np.array([0, graph.splits[split]["edges"]]), 1)
-        after = "-after-{}-{}".format(*known) if known else ""
-        folder = graph.folder / "buckets" / f"{split}-{num_partitions}{after}"
+            offsets = np.array([0, graph.splits[split]["edges"]])
+            return cls(graph, graph.folder, f"{split}.", weighted, offsets, 1, whole)
+        named = "".join(f"-whole-{kind.name}" for kind, one in zip(graph.types, whole, strict=False) if one)
+        after = "-after-{}-{}".format("-".join(map(str, known[0])), known[1]) if known else ""
+        folder = graph.folder / "buckets" / f"{split}-{num_partitions}{named}{after}"
         if not folder.is_dir():
-            _make(graph, split, num_partitions, folder, known)
+            _make(graph, split, num_partitions, folder, known, whole)
         offsets = np.load(folder / "offsets.npy")
         if not offsets[-1]:
             raise DataError(f"{graph.folder} has no {NEW}", "Add some, or train without graph.freeze.")
-        return cls(graph, folder, "", weighted, offsets, num_partitions)
+        return cls(graph, folder, "", weighted, offsets, num_partitions, whole)
 
     def size(self, bucket: Bucket) -> int:
         """Edges of a bucket."""
@@ -71,21 +86,35 @@ class Buckets:
         return self.graph.checked(self.folder / f"{self.prefix}{name}", name, start, stop)
 
     def rows(self, bucket: Bucket, order: npt.NDArray | None = None) -> Edges:
-        """A bucket's edges, or those at the places `order`; heads and tails as rows of their partitions."""
+        """A bucket's edges, or those at the places `order`; heads and tails as rows of their type in the partition."""
+        relations = self.column(bucket, "relations") if self.graph.is_typed else None
         found = {}
         for name in column_names(self.weighted):
             column = self.column(bucket, name)
-            if name in ("heads", "tails"):
-                column //= np.int32(self.num_partitions)
+            if name in ENDS:
+                column //= self._steps(bucket, name, column, relations)
             found[name] = column if order is None else column[order]
         return Edges(**found)
 
+    def _steps(
+        self, bucket: Bucket, name: str, column: npt.NDArray[np.int32], relations: npt.NDArray[np.int32] | None
+    ) -> Any:
+        """What numbers are divided by to be rows; where nodes have types, numbers are held to their types' counts."""
+        if relations is not None:
+            start = self.offsets[bucket[0] * self.num_partitions + bucket[1]]
+            self.graph.require_type(column, relations, name, self.folder / f"{self.prefix}{name}", int(start))
+        if relations is None or not self.whole:
+            return np.int32(self.num_partitions)
+        is_whole = np.array(self.whole)[self.graph.ends[relations, ENDS.index(name)]]
+        return np.where(is_whole, 1, self.num_partitions).astype(np.int32)
 
-def _make(graph: Graph, split: str, parts: int, folder: Path, known: tuple[int, int] | None) -> None:
+
+def _make(graph: Graph, split: str, parts: int, folder: Path, known: Known | None, whole: tuple[bool, ...]) -> None:
     """A counting sort by bucket, a piece at a time: once to count, once to place."""
     counts = np.zeros(parts * parts, np.int64)
+    ends = np.array(whole)[graph.ends] if whole else None
     for piece in track(graph.pieces(split), "counting buckets", graph.num_pieces(split)):
-        counts += np.bincount(_bucket_of(_new(piece, known), parts), minlength=parts * parts)
+        counts += np.bincount(_bucket_of(_new(graph, piece, known), parts, ends), minlength=parts * parts)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -94,8 +123,8 @@ def _make(graph: Graph, split: str, parts: int, folder: Path, known: tuple[int, 
     files = {name: os.open(partial / name, os.O_CREAT | os.O_WRONLY) for name in names}
     filled = offsets[:-1].copy()
     for piece in track(graph.pieces(split), "filling buckets", graph.num_pieces(split)):
-        edges = _new(piece, known)
-        bucket = _bucket_of(edges, parts)
+        edges = _new(graph, piece, known)
+        bucket = _bucket_of(edges, parts, ends)
         order = np.argsort(bucket, kind="stable")
         sizes = np.bincount(bucket, minlength=parts * parts)
         for name, file in files.items():
@@ -116,16 +145,29 @@ def _place(file: int, column: npt.NDArray, filled: npt.NDArray[np.int64], sizes:
         os.pwrite(file, own.data, int(filled[at]) * column.itemsize)
 
 
-def _new(edges: Edges, known: tuple[int, int] | None) -> Edges:
+def _new(graph: Graph, edges: Edges, known: Known | None) -> Edges:
     if known is None:
         return edges
-    num_nodes, num_relations = known
-    return edges.take((edges.heads >= num_nodes) | (edges.tails >= num_nodes) | (edges.relations >= num_relations))
+    num_nodes, num_relations = np.zeros(len(graph.counts), np.int64), known[1]
+    num_nodes[: len(known[0])] = known[0]
+    heads, tails = num_nodes[graph.ends[edges.relations]].T
+    return edges.take((edges.heads >= heads) | (edges.tails >= tails) | (edges.relations >= num_relations))
 
 
-def _bucket_of(edges: Edges, parts: int) -> npt.NDArray:
-    """Numbers of buckets, as small as they can be: 16 bits are sorted by radix."""
-    numbers = edges.heads % parts * np.int32(parts) + edges.tails % parts
+def _bucket_of(edges: Edges, parts: int, whole: npt.NDArray[np.bool_] | None) -> npt.NDArray:
+    """Numbers of buckets, as small as they can be: 16 bits are sorted by radix.
+
+    whole: (R, 2), for each relation's ends whether their type is not cut. Such an end counts as in the partition of the
+    other one; where neither is cut, edges are spread over the buckets of one partition.
+    """
+    heads, tails = edges.heads % parts, edges.tails % parts
+    if whole is not None:
+        head_whole, tail_whole = whole[edges.relations].T
+        spread = (heads + tails) % parts
+        rows = np.where(head_whole, np.where(tail_whole, spread, tails), heads)
+        tails = np.where(tail_whole, np.where(head_whole, spread, heads), tails)
+        heads = rows
+    numbers = heads * np.int32(parts) + tails
     return numbers.astype(np.uint16 if parts < 256 else np.int32)
 
 

@@ -1,6 +1,6 @@
 """What a graph run holds in memory and moves over the disk, before it starts; and partitions that fit a budget.
 
-    partitions   held x rows of a partition x (4 D + 4)
+    partitions   (held x rows of a partition + nodes of types that are not cut) x (4 D + 4)
     workers      for each: 8 D x slots (12 D where one operator serves both sides: its drawn tails are turned) +
                  16 D x batch + 24 x slots + 4 x rows + the gradients of a batch's relations + BLOCK_BYTES;
                  by question: see `puna.graph.questions.worker_bytes`
@@ -10,7 +10,7 @@
     process      the interpreter, torch, TensorBoard, Numba and compiled kernels
 
 slots = 2 x (batch + drawn negatives of a batch). The largest bucket is not known before buckets are made: SKEW times
-the mean of a graph's is taken.
+the mean of a graph's is taken, and of P buckets instead of P x P where a type is not cut.
 """
 
 from dataclasses import asdict, dataclass
@@ -20,9 +20,10 @@ import numpy as np
 
 from puna.errors import RecipeError
 from puna.graph import operators
-from puna.graph.buckets import num_swaps_again, order_buckets, partition_rows
+from puna.graph.buckets import num_swaps_again, order_buckets
 from puna.graph.config import GraphConfig, num_bytes
-from puna.graph.graph import Graph
+from puna.graph.graph import Graph, NodeType
+from puna.graph.layout import WHOLE, Layout
 from puna.graph.questions import worker_bytes
 from puna.graph.ranking import EVAL_NODES, EVAL_QUERIES
 from puna.graph.scores import BLOCK_BYTES, padded
@@ -60,38 +61,47 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a graph decides how much memory it takes. bucket_edges: of the largest bucket; None: not known yet."""
+    """What of a graph decides how much memory it takes. bucket_edges: of the largest bucket; None: not known yet.
+    types: of nodes, where they have any."""
 
     num_nodes: int
     num_relations: int
     num_edges: int
     weighted: bool
     bucket_edges: int | None = None
+    types: tuple[NodeType, ...] = ()
+
+    def layout(self, config: GraphConfig) -> Layout:
+        """Where nodes' rows are. Raises RecipeError (see `Layout.of`)."""
+        return Layout.of(config, self.types) if self.types else Layout.plain(config, self.num_nodes)
 
     @classmethod
     def of(cls, graph: Graph, bucket_edges: int | None = None) -> "Sizes":
         """Those of a graph's training edges."""
         train = graph.split("train")
-        return cls(graph.num_nodes, graph.num_relations, train["edges"], train["weighted"], bucket_edges)
+        types = tuple(graph.types)
+        return cls(graph.num_nodes, graph.num_relations, train["edges"], train["weighted"], bucket_edges, types)
 
 
 def memory(config: GraphConfig, sizes: Sizes, num_workers: int, evaluates: bool) -> Memory:
     """The formula above."""
     dim, parts = config.dim, config.num_partitions
-    rows = partition_rows(sizes.num_nodes, parts, 0)
+    layout = sizes.layout(config)
+    rows, largest_type = layout.rows(0), layout.most_rows
     batch = padded(config.batch_edges, config.group_edges)
-    slots = 2 * (batch + batch // config.group_edges * (rows if config.all_negs else config.num_candidates))
+    slots = 2 * (batch + batch // config.group_edges * (largest_type if config.all_negs else config.num_candidates))
     parameters = operators.num_parameters(config.operator, dim)
     grads = 8 * parameters * min(sizes.num_relations, batch)
     turned = 0 if config.reciprocal else 4 * dim * slots
-    worker = 8 * dim * slots + turned + 16 * dim * batch + 24 * slots + 4 * rows + grads + BLOCK_BYTES
+    worker = 8 * dim * slots + turned + 16 * dim * batch + 24 * slots + 4 * largest_type + grads + BLOCK_BYTES
     if config.by_question:
-        worker = worker_bytes(config, rows) + grads
+        worker = worker_bytes(config, largest_type) + grads
     largest = sizes.bucket_edges
     if largest is None:
-        largest = sizes.num_edges if parts == 1 else int(SKEW * sizes.num_edges / parts**2)
+        num_buckets = parts if any(layout.whole) else parts**2
+        largest = sizes.num_edges if parts == 1 else int(SKEW * sizes.num_edges / num_buckets)
     return Memory(
-        partitions=min(config.held_partitions, parts) * rows * (4 * dim + 4),
+        partitions=(min(config.held_partitions, parts) * rows + layout.rows(WHOLE)) * (4 * dim + 4),
         workers=num_workers * worker,
         edges=(28 if sizes.weighted else 24) * largest,
         relations=8 * parameters * sizes.num_relations * (1 + config.reciprocal),
@@ -133,7 +143,7 @@ def plan(config: GraphConfig, sizes: Sizes, num_workers: int, evaluates: bool) -
     held = memory(config, sizes, num_workers, evaluates)
     order = order_buckets(config.bucket_order, config.num_partitions, np.random.default_rng(0), config.held_partitions)
     reads = config.num_chunks * num_swaps_again(order, min(config.held_partitions, config.num_partitions))
-    partition = partition_rows(sizes.num_nodes, config.num_partitions, 0) * (4 * config.dim + 4)
+    partition = sizes.layout(config).rows(0) * (4 * config.dim + 4)
     return {
         "num_nodes": sizes.num_nodes,
         "num_relations": sizes.num_relations,

@@ -1,9 +1,9 @@
 """Settings of a graph run: the `graph` section of a recipe. Without torch, so that a planner can read them."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from puna.train.config import Section, setting
 
@@ -12,6 +12,8 @@ Comparator = Literal["dot", "cos", "l2", "squared_l2"]
 Loss = Literal["ranking", "logistic", "softmax", "self_adversarial"]
 BucketOrder = Literal["random", "affinity", "outside_in", "inside_out", "buffered"]
 Sampling = Literal["uniform", "prevalence"]
+Size = Literal["given", "auto"]
+TypeNames = Annotated[tuple[str, ...], Field(strict=False)]
 
 PAIRED = ("complex_diagonal", "rotation")
 """Operators that read a vector as real parts, then imaginary parts."""
@@ -30,6 +32,11 @@ def num_bytes(text: str) -> int:
 class GraphConfig(Section):
     """A graph model and its training; rates follow `schedule`, of which tokens are edges."""
 
+    size: Size = setting(
+        "given",
+        "auto: dim, batch_edges, num_batch_negs, num_uniform_negs, epochs, lr and partitions follow from the graph's "
+        "nodes and edges, where no flag sets them",
+    )
     dim: int = setting(100, "numbers in the vector of a node", ge=1)
     operator: Operator = setting(
         "complex_diagonal",
@@ -81,6 +88,9 @@ class GraphConfig(Section):
         1,
         "parts that the nodes are cut into; held_partitions / num_partitions of the table are in memory at once",
         ge=1,
+    )
+    unpartitioned: TypeNames = setting(
+        (), "types of nodes that are not cut into partitions and stay in memory: those with few nodes"
     )
     held_partitions: int = setting(
         2,

@@ -25,26 +25,23 @@ class Start:
     freeze: bool
 
     @property
-    def num_nodes(self) -> int:
-        """Nodes that the other run knew: the first ones."""
-        return self.scorer.graph.num_nodes
+    def counts(self) -> list[int]:
+        """Nodes of each type that the other run knew: the first ones."""
+        return self.scorer.graph.counts
 
     @property
     def num_relations(self) -> int:
         """Relations that the other run knew: the first ones."""
         return self.scorer.graph.num_relations
 
-    def fill(self, nodes: npt.NDArray[np.int64], vectors: Floats, sums: Floats) -> None:
-        """Write these nodes' vectors and Adagrad sums."""
-        vectors[:] = self.scorer.vectors(nodes)
+    def fill(self, kind: int, nodes: npt.NDArray[np.int64], vectors: Floats, sums: Floats) -> None:
+        """Write the vectors and Adagrad sums of these nodes of a type."""
+        vectors[:] = self.scorer.vectors(nodes, kind)
         if self.freeze:
             sums[:] = STAYS
             return
-        parts = self.scorer.config.num_partitions
-        for part in range(parts):
-            own = np.flatnonzero(nodes % parts == part)
-            if len(own):
-                sums[own] = _free(self.sums(part)[nodes[own] // parts])
+        for part, own, rows in self.scorer.layout.places(kind, nodes):
+            sums[own] = _free(self.sums(part)[rows])
 
     def fill_relations(self, relations: Sequence[Relations]) -> None:
         """Write the relations that the other run knew."""

@@ -17,7 +17,8 @@ NUM_SAMPLES = 3
 
 
 def inspect(config: GraphConfig, graph: Graph, num_workers: int, evaluates: bool) -> dict[str, Any]:
-    """The plan of `budget.plan`, what of memory is available and whether it fits, splits, some training edges by name.
+    """The plan of `budget.plan`, what of memory is available and whether it fits, types, splits, some training edges by
+    name.
 
     Raises RecipeError where graph.memory is too little, DataError where an edge has a number that is out of range.
     """
@@ -27,7 +28,8 @@ def inspect(config: GraphConfig, graph: Graph, num_workers: int, evaluates: bool
     available = num_bytes(config.memory) if config.memory else limit_bytes()
     told["memory"] |= {"available": available, "fits": told["memory"]["total"] <= available}
     splits = {name: facts["edges"] for name, facts in graph.splits.items()}
-    return told | {"splits": splits, "samples": samples(graph)}
+    types = {kind.name: kind.num_nodes for kind in graph.types}
+    return told | {"types": types, "splits": splits, "samples": samples(graph)}
 
 
 def samples(graph: Graph) -> list[dict[str, str]]:
@@ -38,19 +40,20 @@ def samples(graph: Graph) -> list[dict[str, str]]:
     edges = graph.edges("train")
     places = np.unique(np.linspace(0, len(edges) - 1, NUM_SAMPLES).astype(int))
     chosen = edges.take(places)
-    names = names_of(graph.folder / "nodes.txt", [*chosen.heads.tolist(), *chosen.tails.tolist()])
-    relations = graph.relation_names()
-    return [
-        {"head": names[h], "relation": relations[r], "tail": names[t]}
-        for h, r, t in zip(chosen.heads.tolist(), chosen.relations.tolist(), chosen.tails.tolist(), strict=True)
-    ]
+    relations, found = graph.relation_names(), []
+    for h, r, t in zip(chosen.heads.tolist(), chosen.relations.tolist(), chosen.tails.tolist(), strict=True):
+        head, tail = (graph.folder / graph.types[kind].file for kind in graph.ends[r])
+        found.append({"head": names_of(head, [h])[h], "relation": relations[r], "tail": names_of(tail, [t])[t]})
+    return found
 
 
 def show(found: dict[str, Any], console: Console) -> None:
     """Print what `puna check` found of a graph recipe as a page."""
     splits = ", ".join(f"{count:,} {name}" for name, count in found["splits"].items())
     console.print(f"[bold]{escape(found['run'])}[/]  {found['task']} by {found['num_workers']} workers")
-    console.print(f"{found['num_nodes']:,} nodes, {found['num_relations']:,} relations; edges: {splits}")
+    types = ", ".join(f"{count:,} {name}" for name, count in found["types"].items())
+    nodes = f"{found['num_nodes']:,} nodes" + (f" ({types})" if len(found["types"]) > 1 else "")
+    console.print(escape(f"{nodes}, {found['num_relations']:,} relations; edges: {splits}"))
     memory = found["memory"]
     console.print(escape(budget.sentence(found, size(memory["available"]))) + "\n")
     for use, taken in memory.items():

@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import CheckpointError, DiskFull
-from puna.graph.buckets import Bucket, Residents, partition_rows
+from puna.graph.buckets import Bucket, Residents
 from puna.graph.config import GraphConfig
+from puna.graph.graph import Bags
+from puna.graph.layout import WHOLE, Layout
 from puna.graph.tables import fill_normal
 from puna.graph.worker import Part
 from puna.train.checkpoint import NO_ROOM
@@ -25,16 +27,18 @@ from puna.train.rows import RowStore
 
 Floats = npt.NDArray[np.float32]
 ALL = slice(None)
+APART = 0xD1342543DE82EF95
+"""Between the keys of two types: what fresh vectors are a function of."""
 
 
 class Known(Protocol):
-    """Rows that a table begins with: those of its first `num_nodes` nodes."""
+    """Rows that a table begins with: those of the first `counts[kind]` nodes of each type."""
 
     @property
-    def num_nodes(self) -> int: ...
+    def counts(self) -> Sequence[int]: ...
 
-    def fill(self, nodes: npt.NDArray[np.int64], vectors: Floats, sums: Floats) -> None:
-        """Write these nodes' vectors and Adagrad sums."""
+    def fill(self, kind: int, nodes: npt.NDArray[np.int64], vectors: Floats, sums: Floats) -> None:
+        """Write the vectors and Adagrad sums of these nodes of a type."""
 
 
 class _Store(RowStore):
@@ -97,9 +101,20 @@ class _Store(RowStore):
 class Table:
     """Vectors of all nodes, and their Adagrad sums, in two row stores: `nodes` and `nodes.adagrad`."""
 
-    def __init__(self, run: Path, config: GraphConfig, num_nodes: int, key: int, known: Known | None = None) -> None:
-        """key: 64 bits, from which fresh vectors come. known: where rows begin otherwise."""
-        self.config, self.num_nodes, self.key, self.known = config, num_nodes, key, known
+    def __init__(
+        self,
+        run: Path,
+        config: GraphConfig,
+        nodes: Layout | int,
+        key: int,
+        known: Known | None = None,
+        bags: Sequence[Bags | None] = (),
+    ) -> None:
+        """nodes: where they are, or how many where they have one type. key: 64 bits, from which fresh vectors come.
+        known: where rows begin otherwise. bags: by type, where nodes are bags of features."""
+        self.layout = Layout.plain(config, nodes) if isinstance(nodes, int) else nodes
+        self.config, self.key, self.known = config, key, known
+        self.bags = bags or [None] * len(self.layout.counts)
         self.vectors = _Store(run, "nodes", self.flush)
         self.sums = _Store(run, "nodes.adagrad", self.flush)
         self.num_reads = 0
@@ -108,11 +123,32 @@ class Table:
         self._rooms: dict[int, Part] = {}  # of the partitions in memory or on their way there, as large as the largest
         self._coming: dict[int, Future[Part]] = {}
         self._changed: set[int] = set()
+        self._cut_whole: dict[int, Part] = {}  # by type: those that are not cut
         self._thread = ThreadPoolExecutor(1, "partitions")
 
     def rows(self, partition: int) -> int:
         """Nodes of a partition."""
-        return partition_rows(self.num_nodes, self.config.num_partitions, partition)
+        return self.layout.rows(partition)
+
+    def by_type(self, partition: int, part: Part) -> list[Part]:
+        """What of a partition in memory is of each type; all of a type's nodes where it is not cut."""
+        if self.bags == [None]:
+            return [part]
+        spans, whole = dict(self.layout.spans(partition)), self._whole()
+        own = {kind: Part(part.vectors[rows], part.sums[rows], self.bags[kind]) for kind, rows in spans.items()}
+        nothing = Part(part.vectors[:0], part.sums[:0])
+        return [whole.get(kind) or own.get(kind, nothing) for kind in range(len(self.layout.counts))]
+
+    def _whole(self) -> dict[int, Part]:
+        """Types that are not cut; read, or begun, the first time."""
+        if WHOLE in self.layout.partitions:
+            if WHOLE not in self._parts:
+                self._parts[WHOLE] = self._swap(WHOLE, self._room(self.rows(WHOLE)), None)
+            self._changed.add(WHOLE)
+            part = self._parts[WHOLE]
+            for kind, rows in self.layout.spans(WHOLE) if not self._cut_whole else ():
+                self._cut_whole[kind] = Part(part.vectors[rows], part.sums[rows], self.bags[kind])
+        return self._cut_whole
 
     def take(self, order: Sequence[Bucket], at: int = 0) -> list[Part]:
         """The parts of bucket order[at], to train on. Those of later buckets begin to come, where there is room.
@@ -132,8 +168,8 @@ class Table:
         self._settle()
         if partition in self._parts:
             return self._parts[partition].vectors[rows]
-        if str(partition) in self.vectors:
-            return self.vectors.read(str(partition), mapped=True)[rows]
+        if name_of(partition) in self.vectors:
+            return self.vectors.read(name_of(partition), mapped=True)[rows]
         places = range(self.rows(partition))[rows]
         part = Part(np.empty((len(places), self.config.dim), np.float32), np.empty(len(places), np.float32))
         self._first(partition, part, places.start)
@@ -159,8 +195,8 @@ class Table:
             self._adopt()
 
     def _adopt(self) -> None:
-        for partition in range(self.config.num_partitions):
-            if str(partition) not in self.vectors:
+        for partition in self.layout.partitions:
+            if name_of(partition) not in self.vectors:
                 part = self._parts.get(partition) or self._room(self.rows(partition))
                 if partition not in self._parts:
                     self._first(partition, part, 0)
@@ -187,7 +223,7 @@ class Table:
         return part
 
     def _read(self, partition: int, part: Part) -> None:
-        name = str(partition)
+        name = name_of(partition)
         if name in self.vectors:
             self.num_reads += 1
             self.vectors.fill(name, part.vectors)
@@ -206,18 +242,32 @@ class Table:
             self._arrived(partition)
 
     def _write(self, partition: int, part: Part) -> None:
-        self.vectors.put(str(partition), part.vectors)
-        self.sums.put(str(partition), part.sums)
+        self.vectors.put(name_of(partition), part.vectors)
+        self.sums.put(name_of(partition), part.sums)
 
     def _room(self, rows: int) -> Part:
         return Part(np.empty((rows, self.config.dim), np.float32), np.empty(rows, np.float32))
 
     def _first(self, partition: int, part: Part, start: int) -> None:
         """Fill rows of a partition, from `start` on, that nobody has trained."""
-        parts = self.config.num_partitions
-        first, rows = partition + start * parts, len(part.vectors)
-        fill_normal(np.uint64(self.key), self.config.init_scale, first, parts, part.vectors)
         part.sums[:] = 0
-        if self.known:
-            own = min(rows, max(0, partition_rows(self.known.num_nodes, parts, partition) - start))
-            self.known.fill(first + parts * np.arange(own), part.vectors[:own], part.sums[:own])
+        for kind, span in self.layout.spans(partition):
+            low, high = max(span.start, start), min(span.stop, start + len(part.vectors))
+            if low < high:
+                own = Part(part.vectors[low - start : high - start], part.sums[low - start : high - start])
+                step = self.layout.step(kind)
+                self._first_of(kind, max(partition, 0) + (low - span.start) * step, step, own)
+
+    def _first_of(self, kind: int, first: int, step: int, part: Part) -> None:
+        """Fill rows of nodes first, first + step, .. of a type."""
+        key = (self.key + kind * APART) % 2**64
+        fill_normal(np.uint64(key), self.config.init_scale, first, step, part.vectors)
+        if self.known and kind < len(self.known.counts):
+            nodes = first + step * np.arange(len(part.vectors))
+            own = int((nodes < self.known.counts[kind]).sum())
+            self.known.fill(kind, nodes[:own], part.vectors[:own], part.sums[:own])
+
+
+def name_of(partition: int) -> str:
+    """What a partition is called in row stores."""
+    return "whole" if partition == WHOLE else str(partition)

@@ -23,9 +23,10 @@ from puna.console import track
 from puna.errors import DataError
 from puna.graph.buckets import Buckets, partition_rows
 from puna.graph.config import GraphConfig
-from puna.graph.graph import COLUMNS, Graph, column_names
-from puna.graph.importing import write_manifest
-from puna.graph.partitions import Table
+from puna.graph.graph import COLUMNS, Graph, Pair, column_names, names_file
+from puna.graph.importing import TYPE_NAME, write_manifest
+from puna.graph.layout import Layout
+from puna.graph.partitions import Table, name_of
 from puna.graph.ranking import Scorer
 from puna.graph.task import fresh_relations, relation_tensors
 from puna.graph.worker import Relations
@@ -63,13 +64,17 @@ PARAMETERS = {
 class Config:
     """What of a configuration is carried over."""
 
-    entity: str
-    partitions: int
+    entities: Mapping[str, int]  # partitions of each type
     relations: Sequence[str]  # names, or none where a file has them
+    pairs: Sequence[Pair]  # the types that each relation, or all where a file has them, leads from and to, by place
     operator: str
     dynamic: bool
     settings: dict[str, Any]  # of GraphConfig
     left_out: list[str]  # keys that have no counterpart
+
+    def parts(self, side: int) -> int:
+        """Rows (columns) of buckets: as many as the partitions of the type that has most of them on that side."""
+        return max(list(self.entities.values())[pair[side]] for pair in self.pairs)
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
@@ -123,11 +128,18 @@ def _constant(node: Any) -> Any:
 def convert(raw: Mapping[str, Any], path: Path) -> Config:
     """A configuration in the terms of this package. Raises DataError for what cannot be carried over."""
     entities, relations = raw["entities"], raw["relations"]
-    if len(entities) != 1:
-        raise _unsupported(path, f"{len(entities)} entity types ({', '.join(entities)})", "one")
-    ((entity, facts),) = entities.items()
-    if facts.get("featurized"):
-        raise _unsupported(path, "featurized entities", "plain ones")
+    for name, facts in entities.items():
+        if facts.get("featurized"):
+            raise _unsupported(path, f"featurized entities ({name})", "plain ones")
+        if facts.get("dimension") not in (None, raw["dimension"]):
+            raise _unsupported(path, f"a dimension of its own for {name}", "one for all types")
+        if len(entities) > 1 and not TYPE_NAME.fullmatch(name):
+            raise DataError(f"{path}: the type {name!r} is part of a file's name", "Use letters, digits, _ and -.")
+    names = list(entities)
+    ends = [{end: relation.get(end, names[0]) for end in ("lhs", "rhs")} for relation in relations]
+    unknown = [name for end in ends for name in end.values() if name not in names]
+    if unknown:
+        raise DataError(f"{path}: a relation names the type {unknown[0]!r}", f"The types are {', '.join(names)}.")
     operators = {relation.get("operator", "none") for relation in relations}
     if len(operators) != 1:
         raise _unsupported(path, f"the operators {', '.join(sorted(operators))}", "one for all relations")
@@ -140,13 +152,17 @@ def convert(raw: Mapping[str, Any], path: Path) -> Config:
     settings |= {key: settings[key] or 0.0 for key in ("max_norm", "relation_lr")}
     settings["num_chunks"] = settings["num_chunks"] or 1
     settings["operator"] = operators.pop()
-    settings["num_partitions"] = facts["num_partitions"]
+    parts = {name: int(facts["num_partitions"]) for name, facts in entities.items()}
+    settings["num_partitions"] = max(parts.values())
+    if settings["num_partitions"] > 1:
+        settings["unpartitioned"] = [name for name, number in parts.items() if number == 1]
     settings["all_negs"] = any(relation.get("all_negs", False) for relation in relations)
     settings["share_negs"] = 1
     left_out = sorted(key for key in raw if key not in SAME and key not in PLACES)
-    names = [] if found["dynamic_relations"] else [relation["name"] for relation in relations]
+    pairs = [(names.index(end["lhs"]), names.index(end["rhs"])) for end in ends]
     dynamic = bool(found["dynamic_relations"])
-    return Config(entity, facts["num_partitions"], names, settings["operator"], dynamic, settings, left_out)
+    named = [] if dynamic else [relation["name"] for relation in relations]
+    return Config(parts, named, pairs, settings["operator"], dynamic, settings, left_out)
 
 
 def splits_of(paths: Sequence[str], root: Path) -> dict[str, Path]:
@@ -168,36 +184,50 @@ def _unsupported(path: Path, has: str, wanted: str) -> DataError:
 
 
 def import_graph(config: Config, entities: Path, edges: Mapping[str, Path], out: Path) -> Graph:
-    """Entity lists and edges as a graph: node i of partition p comes after those of partitions before it.
+    """Entity lists and edges as a graph: node i of partition p comes after those of partitions before it, type by type.
 
     edges: folders by split. Raises DataError: a file is missing, an index is out of range (file and row), a name with a
     line break.
     """
     out.mkdir(parents=True, exist_ok=True)
-    counts = [_number(entities / f"entity_count_{config.entity}_{part}.txt") for part in range(config.partitions)]
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    parts = [_json(entities / f"entity_names_{config.entity}_{part}.json") for part in range(config.partitions)]
-    _write_names(out / "nodes.txt", (name for names in parts for name in names), int(starts[-1]))
+    typed = len(config.entities) > 1
+    starts, files, kept = {}, dict[str, dict[str, Any]](), ["relations.txt"]
+    for entity, parts in config.entities.items():
+        counts = [_number(entities / f"entity_count_{entity}_{part}.txt") for part in range(parts)]
+        starts[entity] = np.concatenate([[0], np.cumsum(counts)])
+        lists = [_json(entities / f"entity_names_{entity}_{part}.json") for part in range(parts)]
+        kept.append(names_file(entity) if typed else "nodes.txt")
+        _write_names(out / kept[-1], (name for names in lists for name in names), int(starts[entity][-1]))
     names = _json(entities / "dynamic_rel_names.json") if config.dynamic else list(config.relations)
     _write_names(out / "relations.txt", iter(names), len(names))
-    files: dict[str, dict[str, Any]] = {}
+    pairs = np.array(list(config.pairs) * (len(names) if config.dynamic else 1))
     splits = {}
     for split, folder in edges.items():
-        count, weighted, written = _edges(config, folder, out, split, starts, len(names))
+        count, weighted, written = _edges(config, folder, out, split, list(starts.values()), pairs)
         splits[split] = {"edges": count, "weighted": weighted}
         files |= written
-    for name in ("nodes.txt", "relations.txt"):
+    for name in kept:
         files[name] = {"bytes": (out / name).stat().st_size, "sha256": sha256_of(out / name)}
-    graph = Graph(out, int(starts[-1]), len(names), splits, files)
+    counts = {entity: int(own[-1]) for entity, own in starts.items()}
+    kinds = (counts, [(int(head), int(tail)) for head, tail in pairs]) if typed else ({}, [])
+    graph = Graph(out, sum(counts.values()), len(names), splits, files, [], *kinds)
     write_manifest(graph)
     return graph
 
 
 def _edges(
-    config: Config, folder: Path, out: Path, split: str, starts: npt.NDArray[np.int64], num_relations: int
+    config: Config,
+    folder: Path,
+    out: Path,
+    split: str,
+    starts: Sequence[npt.NDArray[np.int64]],
+    pairs: npt.NDArray[np.int64],
 ) -> tuple[int, bool, dict[str, dict[str, Any]]]:
-    """One folder of edges_i_j.h5 as columns: how many, whether they have weights, size and hash of what was written."""
-    buckets = list(product(range(config.partitions), repeat=2))
+    """One folder of edges_i_j.h5 as columns: how many, whether they have weights, size and hash of what was written.
+
+    starts: by type, where the nodes of each partition begin. pairs: (R, 2), types of each relation.
+    """
+    buckets = list(product(range(config.parts(0)), range(config.parts(1))))
     paths = [folder / f"edges_{i}_{j}.h5" for i, j in buckets]
     missing = next((path for path in paths if not path.is_file()), None)
     if missing:
@@ -208,11 +238,12 @@ def _edges(
     with ExitStack() as stack:
         raw = {name: stack.enter_context((out / f"{split}.{name}").open("wb")) for name in column_names(weighted)}
         files = {name: Hashed(file) for name, file in raw.items()}
-        for (i, j), path in track(list(zip(buckets, paths, strict=True)), f"reading {folder.name}"):
-            bounds = {"lhs": starts[i + 1] - starts[i], "rel": num_relations, "rhs": starts[j + 1] - starts[j]}
+        for bucket, path in track(list(zip(buckets, paths, strict=True)), f"reading {folder.name}"):
+            firsts, sizes = _bounds(starts, bucket)
             file = stack.enter_context(h5py.File(path, "r"))
-            for piece in _pieces(file, path, bounds, weighted):
-                heads, tails = piece["lhs"] + starts[i], piece["rhs"] + starts[j]
+            for piece in _pieces(file, path, sizes, pairs, weighted):
+                kinds = pairs[piece["rel"]].T
+                heads, tails = piece["lhs"] + firsts[0, kinds[0]], piece["rhs"] + firsts[1, kinds[1]]
                 values = {"heads": heads, "relations": piece["rel"], "tails": tails, "weights": piece.get("weight")}
                 for name, hashed in files.items():
                     hashed.write(np.ascontiguousarray(values[name], COLUMNS[name]))
@@ -224,18 +255,34 @@ def _edges(
     return count, weighted, {f"{split}.{name}": hashed.fingerprint for name, hashed in files.items()}
 
 
-def _pieces(file: Any, path: Path, bounds: Mapping[str, int], weighted: bool) -> Iterator[dict[str, npt.NDArray]]:
+def _bounds(starts: Sequence[npt.NDArray[np.int64]], bucket: tuple[int, int]) -> tuple[npt.NDArray, npt.NDArray]:
+    """For each side and type the first node of the bucket's partition and the nodes in it, (2, T) each; a type with one
+    partition has that one in every bucket."""
+    places = [[part if len(own) > 2 else 0 for own in starts] for part in bucket]
+    first = [[own[min(p, len(own) - 1)] for p, own in zip(side, starts, strict=True)] for side in places]
+    last = [[own[min(p + 1, len(own) - 1)] for p, own in zip(side, starts, strict=True)] for side in places]
+    return np.array(first), np.array(last) - np.array(first)
+
+
+def _pieces(
+    file: Any, path: Path, sizes: npt.NDArray, pairs: npt.NDArray[np.int64], weighted: bool
+) -> Iterator[dict[str, npt.NDArray]]:
     """Rows of one file, some at a time, all of them in range."""
-    if file.attrs.get("format_version") != FORMAT_VERSION or not set(bounds) <= set(file):
+    if file.attrs.get("format_version") != FORMAT_VERSION or not {"lhs", "rhs", "rel"} <= set(file):
         raise DataError(f"{path} holds no edges of format {FORMAT_VERSION}", "Import them with PyTorch-BigGraph again.")
     for start in range(0, len(file["lhs"]), ROWS):
-        piece = {name: file[name][start : start + ROWS] for name in [*bounds, *(["weight"] if weighted else [])]}
-        for name, bound in bounds.items():
-            bad = np.flatnonzero((piece[name] < 0) | (piece[name] >= bound))
+        names = ["rel", "lhs", "rhs", *(["weight"] if weighted else [])]
+        piece = {name: file[name][start : start + ROWS] for name in names}
+        for name in names[:3]:
+            bounds = np.full(len(piece["rel"]), len(pairs))
+            if name != "rel":
+                side = ("lhs", "rhs").index(name)
+                bounds = sizes[side, pairs[piece["rel"], side]]
+            bad = np.flatnonzero((piece[name] < 0) | (piece[name] >= bounds))
             if len(bad):
                 raise DataError(
                     f"{path}, row {start + bad[0] + 1:,}: {name} is {piece[name][bad[0]]:,}, out of range: there are "
-                    f"{bound:,}",
+                    f"{bounds[bad[0]]:,}",
                     "The entity lists are of another import, or the file is damaged.",
                 )
         yield piece
@@ -247,23 +294,34 @@ def import_checkpoint(config: Config, folder: Path, graph: Graph, settings: Grap
     Raises DataError: no checkpoint, another number of rows.
     """
     version = _number(folder / "checkpoint_version.txt")
-    paths = [folder / f"embeddings_{config.entity}_{part}.v{version}.h5" for part in range(config.partitions)]
-    missing = next((path for path in (*paths, folder / f"model.v{version}.h5") if not path.is_file()), None)
+    paths = {
+        entity: [folder / f"embeddings_{entity}_{part}.v{version}.h5" for part in range(parts)]
+        for entity, parts in config.entities.items()
+    }
+    wanted = [path for own in paths.values() for path in own]
+    missing = next((path for path in (*wanted, folder / f"model.v{version}.h5") if not path.is_file()), None)
     if missing:
         raise DataError(f"there is no {missing}", "Give a folder with a whole checkpoint.")
-    table, relations = Table(run, settings, graph.num_nodes, 0), fresh_relations(settings, graph.num_relations)
+    layout = Layout.of(settings, graph.types)
+    table, relations = Table(run, settings, layout, 0), fresh_relations(settings, graph.num_relations)
     with ExitStack() as stack:
         model = stack.enter_context(h5py.File(folder / f"model.v{version}.h5", "r"))
-        tables = [stack.enter_context(h5py.File(path, "r"))["embeddings"] for path in paths]
-        if sum(map(len, tables)) != graph.num_nodes:
-            has = f"{sum(map(len, tables)):,} vectors for {graph.num_nodes:,} nodes"
+        tables = [[stack.enter_context(h5py.File(path, "r"))["embeddings"] for path in own] for own in paths.values()]
+        held = [sum(map(len, own)) for own in tables]
+        if held != graph.counts:
+            has = f"{sum(held):,} vectors for {graph.num_nodes:,} nodes"
             raise DataError(f"{folder} has {has}", "Give its own entity lists.")
-        shift = _global(model, config, settings.dim)
+        shifts = [_global(model, entity, settings.dim) for entity in config.entities]
         _fill_relations(model, config, relations)
-        for part in track(range(settings.num_partitions), "writing partitions"):
-            vectors = np.concatenate(list(_strided(tables, part, settings.num_partitions))) + shift
-            table.vectors.put(str(part), vectors.astype(np.float32))
-            table.sums.put(str(part), np.zeros(len(vectors), np.float32))
+        for part in track(layout.partitions, "writing partitions"):
+            pieces = [
+                piece + shifts[kind]
+                for kind, _ in layout.spans(part)
+                for piece in _strided(tables[kind], max(part, 0), layout.step(kind))
+            ]
+            vectors = np.concatenate(pieces or [np.empty((0, settings.dim))]).astype(np.float32)
+            table.vectors.put(name_of(part), vectors)
+            table.sums.put(name_of(part), np.zeros(len(vectors), np.float32))
     state: State = {"nodes": Rows(table.vectors), "nodes.adagrad": Rows(table.sums)}
     state["best"] = Json(lambda: {"mrr": -1.0, "waited": 0}, lambda best: None)
     if relations[0].table.size:
@@ -283,9 +341,9 @@ def _strided(tables: Sequence[Any], part: int, parts: int) -> Iterator[npt.NDArr
         before += len(table)
 
 
-def _global(model: Any, config: Config, dim: int) -> npt.NDArray[np.float32]:
+def _global(model: Any, entity: str, dim: int) -> npt.NDArray[np.float32]:
     """What is added to every vector: PBG's global embedding of the type, if it has one."""
-    name = f"model/entities/{config.entity}/global_embedding"
+    name = f"model/entities/{entity}/global_embedding"
     return np.array(model[name], np.float32) if name in model else np.zeros(dim, np.float32)
 
 
@@ -315,22 +373,39 @@ def _place(index: int, side: str, name: str) -> str:
 def export(scorer: Scorer, out: Path) -> None:
     """Write a run and its graph as PyTorch-BigGraph's: OUT/entities, OUT/edges/SPLIT, OUT/checkpoint with its config.
 
-    Partition p of a run is partition p there, row by row.
+    Partition p of a run is partition p there, type by type and row by row.
     """
     config, graph = scorer.config, scorer.graph
     if config.operator not in PARAMETERS:
         raise DataError(f"PyTorch-BigGraph has no operator {config.operator}", "Export another form.")
-    theirs = _config_of(config, graph, out.with_name(out.name.removesuffix(".partial")))
-    pbg = Config(ENTITY, config.num_partitions, theirs["relations"], config.operator, config.reciprocal, {}, [])
+    if graph.feature_counts:
+        problem = "nodes are bags of features, which are not written for PyTorch-BigGraph"
+        raise DataError(problem, "Export another form.")
+    if config.reciprocal and len(graph.pairs) > 1:
+        raise DataError(
+            "relations are reciprocal and lead from several types or to several; PyTorch-BigGraph's dynamic relations "
+            "all lead from one type to one",
+            "Train with graph.reciprocal false, or export another form.",
+        )
+    layout = scorer.layout
+    names = [kind.name for kind in graph.types] if graph.is_typed else [ENTITY]
+    entities = {name: 1 if layout.whole[kind] else config.num_partitions for kind, name in enumerate(names)}
+    theirs = _config_of(config, graph, entities, out.with_name(out.name.removesuffix(".partial")))
+    relations = [relation["name"] for relation in theirs["relations"]]
+    ends = [(int(head), int(tail)) for head, tail in graph.ends]
+    pairs = graph.pairs if config.reciprocal else ends
+    pbg = Config(entities, relations, pairs, config.operator, config.reciprocal, {}, [])
     _export_entities(graph, pbg, out / "entities")
     for split in graph.splits:
-        _export_edges(Buckets.open(graph, split, config.num_partitions), out / "edges" / split)
+        buckets = Buckets.open(graph, split, config.num_partitions, whole=layout.whole)
+        _export_edges(buckets, pbg, out / "edges" / split)
     folder = out / "checkpoint"
     folder.mkdir(parents=True)
-    for part in range(config.num_partitions):
-        with h5py.File(folder / f"embeddings_{ENTITY}_{part}.v1.h5", "w") as file:
-            file.attrs["format_version"] = FORMAT_VERSION
-            file.create_dataset("embeddings", data=scorer.view(part))
+    for kind, name in enumerate(names):
+        for place, part in enumerate(layout.homes(kind)):
+            with h5py.File(folder / f"embeddings_{name}_{place}.v1.h5", "w") as file:
+                file.attrs["format_version"] = FORMAT_VERSION
+                file.create_dataset("embeddings", data=scorer.view(part, layout.span(kind, part)))
     with h5py.File(folder / "model.v1.h5", "w") as file:
         file.attrs["format_version"] = FORMAT_VERSION
         _export_relations(file, pbg, scorer)
@@ -338,46 +413,52 @@ def export(scorer: Scorer, out: Path) -> None:
     (folder / "checkpoint_version.txt").write_text("1")
 
 
-def _config_of(config: GraphConfig, graph: Graph, out: Path) -> dict[str, Any]:
+def _config_of(config: GraphConfig, graph: Graph, entities: Mapping[str, int], out: Path) -> dict[str, Any]:
     settings = config.model_dump()
     theirs = {key: settings[ours] for key, ours in SAME.items()}
     theirs |= {key: theirs[key] or None for key in ("max_norm", "relation_lr")}
     if theirs["bucket_order"] == "buffered":
         theirs["bucket_order"] = "inside_out"
-    names = [RELATION] if config.reciprocal else graph.relation_names()
-    relation = {"lhs": ENTITY, "rhs": ENTITY, "operator": config.operator, "all_negs": config.all_negs}
+    names, types = [RELATION] if config.reciprocal else graph.relation_names(), list(entities)
+    ends = [{"lhs": types[head], "rhs": types[tail]} for head, tail in graph.ends]
+    relation = {"operator": config.operator, "all_negs": config.all_negs}
     return theirs | {
         "entity_path": str(out / "entities"),
         "edge_paths": [str(out / "edges" / split) for split in graph.splits],
         "checkpoint_path": str(out / "checkpoint"),
-        "entities": {ENTITY: {"num_partitions": config.num_partitions}},
-        "relations": [{"name": name, **relation} for name in names],
+        "entities": {name: {"num_partitions": parts} for name, parts in entities.items()},
+        "relations": [{"name": name, **end, **relation} for name, end in zip(names, ends, strict=False)],
         "global_emb": False,
     }
 
 
 def _export_entities(graph: Graph, config: Config, folder: Path) -> None:
     folder.mkdir(parents=True)
-    names, parts = graph.names(), config.partitions
-    for part in range(parts):
-        count = partition_rows(graph.num_nodes, parts, part)
-        (folder / f"entity_count_{ENTITY}_{part}.txt").write_text(str(count))
-        (folder / f"entity_names_{ENTITY}_{part}.json").write_text(json.dumps(names[part::parts]))
+    for kind, (entity, parts) in enumerate(config.entities.items()):
+        names = graph.names(kind)
+        for part in range(parts):
+            count = partition_rows(len(names), parts, part)
+            (folder / f"entity_count_{entity}_{part}.txt").write_text(str(count))
+            (folder / f"entity_names_{entity}_{part}.json").write_text(json.dumps(names[part::parts]))
     if config.dynamic:
         (folder / "dynamic_rel_count.txt").write_text(str(graph.num_relations))
         (folder / "dynamic_rel_names.json").write_text(json.dumps(graph.relation_names()))
 
 
-def _export_edges(buckets: Buckets, folder: Path) -> None:
+def _export_edges(buckets: Buckets, config: Config, folder: Path) -> None:
+    """Bucket by bucket; where all types of a side have one partition, all its buckets are in the first one's files."""
     folder.mkdir(parents=True)
-    for i, j in product(range(buckets.num_partitions), repeat=2):
-        edges = buckets.rows((i, j))
+    every, num_parts = range(buckets.num_partitions), (config.parts(0), config.parts(1))
+    for i, j in product(*map(range, num_parts)):
+        sources = product(*([own] if parts > 1 else every for own, parts in zip((i, j), num_parts, strict=True)))
+        edges = [buckets.rows(bucket) for bucket in sources]
         with h5py.File(folder / f"edges_{i}_{j}.h5", "w") as file:
             file.attrs["format_version"] = FORMAT_VERSION
-            for name, column in (("lhs", edges.heads), ("rhs", edges.tails), ("rel", edges.relations)):
-                file.create_dataset(name, data=column.astype(np.int64))
-            if edges.weights is not None:
-                file.create_dataset("weight", data=edges.weights)
+            for name, column in (("lhs", "heads"), ("rhs", "tails"), ("rel", "relations")):
+                values = np.concatenate([getattr(piece, column) for piece in edges])
+                file.create_dataset(name, data=values.astype(np.int64))
+            if buckets.weighted:
+                file.create_dataset("weight", data=np.concatenate([piece.weights for piece in edges]))
 
 
 def _export_relations(file: Any, config: Config, scorer: Scorer) -> None:

@@ -1,4 +1,4 @@
-"""Link prediction: where the true node ranks among all nodes, for the tail and for the head of every edge.
+"""Link prediction: where the true node ranks among all nodes of its type, for the tail and for the head of every edge.
 
 rank = 1 + nodes that score higher + half of the other nodes that score the same (a tie is worth its mean place).
 Filtered ranks leave out nodes that make another known edge with the same other end and relation, in any split.
@@ -6,8 +6,9 @@ Partitions are visited one at a time, so that memory does not grow with the grap
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 
 from puna.console import track
 from puna.graph import operators, scores
-from puna.graph.buckets import partition_rows
 from puna.graph.config import GraphConfig, Sampling
-from puna.graph.graph import Edges, Graph
+from puna.graph.graph import Edges, Graph, Pair
+from puna.graph.layout import Layout
+from puna.graph.tables import gather_bags
 from puna.graph.worker import Relations
 from puna.sparse.compiled import kernel
 
@@ -46,15 +48,39 @@ class Scorer:
         """Codes of the comparator and the bias."""
         return scores.CODES[self.config.comparator], int(self.config.bias)
 
-    def vectors(self, nodes: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Copies of these nodes' vectors, (N, D)."""
-        parts = self.config.num_partitions
+    @cached_property
+    def layout(self) -> Layout:
+        """Where nodes' rows are."""
+        return Layout.of(self.config, self.graph.types)
+
+    def vectors(self, nodes: npt.NDArray[Any], kind: int = 0) -> npt.NDArray[np.float32]:
+        """Copies of the vectors of these nodes of a type, (N, D); means where they are bags of features."""
         out = np.empty((len(nodes), self.config.dim), np.float32)
-        for part in range(parts):
-            own = np.flatnonzero(nodes % parts == part)
-            if len(own):
-                out[own] = self.view(part)[nodes[own] // parts]
+        if bags := self.graph.bags[kind]:
+            gather_bags(self.features(kind), bags.offsets, bags.features, nodes, out)
+            return out
+        for part, own, rows in self.layout.places(kind, nodes):
+            out[own] = self.view(part)[rows]
         return out
+
+    def features(self, kind: int) -> np.ndarray:
+        """Vectors of the features of a type, (F, D)."""
+        (part,) = self.layout.homes(kind)
+        return self.view(part, self.layout.span(kind, part))
+
+    def pieces(self, kind: int, size: int) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Vectors of a type, at most `size` at a time: the first one's node, how far apart the nodes of two rows are,
+        and the rows."""
+        if bags := self.graph.bags[kind]:
+            for start in range(0, len(bags), size):
+                yield start, 1, self.vectors(np.arange(start, min(start + size, len(bags))), kind)
+            return
+        step = self.layout.step(kind)
+        for first, part in enumerate(self.layout.homes(kind)):
+            span = self.layout.span(kind, part)
+            for start in range(span.start, span.stop, size):
+                rows = slice(start, min(start + size, span.stop))
+                yield first + (start - span.start) * step, step, self.view(part, rows)
 
     def turned(self, side: int, vectors: Any, relations: Any) -> npt.NDArray[np.float32]:
         """Vectors under relations' operators of a side."""
@@ -117,61 +143,77 @@ def summary(ranks: npt.NDArray[np.float64], among: npt.NDArray[np.float64]) -> d
     }
 
 
-def draw_candidates(graph: Graph, count: int, sampling: Sampling, seed: int = 0) -> npt.NDArray[np.int64]:
+def draw_candidates(
+    graph: Graph, count: int, sampling: Sampling, seed: int = 0, pair: Pair = (0, 0)
+) -> npt.NDArray[np.int64]:
     """Nodes to rank among instead of all: (2, count), sorted, those for tails and those for heads; drawn with
     replacement, a function of the graph and the seed alone.
 
-    sampling: uniform, or prevalence: as often as nodes are tails (heads) of training edges.
+    sampling: uniform, or prevalence: as often as nodes are tails (heads) of training edges. pair: the types that heads
+    and tails are of.
     """
-    rng = np.random.default_rng([seed, count])
+    rng = np.random.default_rng([seed, count, *(graph.pairs.index(pair),) * graph.is_typed])
     if sampling == "uniform":
-        return np.sort(rng.integers(graph.num_nodes, size=(2, count)), axis=1)
+        return np.sort([rng.integers(graph.counts[kind], size=count) for kind in reversed(pair)], axis=1)
     edges = graph.edges("train")
+    if graph.is_typed:
+        edges = edges.take(np.flatnonzero(graph.pair_of[edges.relations] == graph.pairs.index(pair)))
     places = np.sort(rng.integers(len(edges), size=(2, count)), axis=1)
     drawn = np.stack([edges.tails[places[0]], edges.heads[places[1]]]).astype(np.int64)
     return np.sort(drawn, axis=1)
 
 
-def rank(scorer: Scorer, edges: Edges, candidates: npt.NDArray[np.int64] | None = None) -> Ranks:
-    """Rank every edge's tail and head among all nodes of the graph, or among candidates of `draw_candidates`.
+Candidates = Mapping[Pair, npt.NDArray[np.int64]]
+"""Candidates of `draw_candidates` for edges from one type to another."""
+
+
+def draw_all(graph: Graph, edges: Edges, count: int, sampling: Sampling, seed: int = 0) -> Candidates:
+    """The candidates of `draw_candidates` for every pair of types that edges lead from and to."""
+    pairs = [graph.pairs[n] for n in np.unique(graph.pair_of[edges.relations])]
+    return {pair: draw_candidates(graph, count, sampling, seed, pair) for pair in pairs}
+
+
+def rank(scorer: Scorer, edges: Edges, candidates: Candidates | None = None) -> Ranks:
+    """Rank every edge's tail and head among all nodes of its type, or among candidates of `draw_all`.
 
     A candidate that is the true node itself counts neither for nor against it; one that is drawn twice counts twice.
     """
     num_edges, graph = len(edges), scorer.graph
-    counts = np.zeros((2, num_edges, 6), np.int64)
+    counts, among = np.zeros((2, num_edges, 6), np.int64), np.zeros((2, num_edges), np.int64)
     order = np.arange(num_edges)
     if not scorer.config.reciprocal:
         order = np.argsort(edges.relations, kind="stable")
     knowns = [Known(graph, edges, side) for side in range(2)]
-    fields: list[_Nodes | _Drawn] = [_Nodes(scorer), _Nodes(scorer)]
-    if candidates is not None:
-        fields = [_Drawn(scorer, drawn) for drawn in candidates]
-    for rows in track(list(_blocks(edges, order, scorer.config.reciprocal)), "ranking"):
+    fields: dict[tuple[int, Pair], _Nodes | _Drawn] = {}
+    for rows, pair in track(list(_blocks(graph, edges, order, scorer.config.reciprocal)), "ranking"):
         block = edges.take(rows)
         for side in range(2):
-            counts[side, rows] = _count_block(scorer, block, side, knowns[side], rows, fields[side])
+            if (side, pair) not in fields:
+                drawn = None if candidates is None else candidates[pair][side]
+                kind = pair[1 - side]
+                fields[side, pair] = _Nodes(scorer, kind) if drawn is None else _Drawn(scorer, kind, drawn)
+            counts[side, rows] = _count_block(scorer, block, pair, side, knowns[side], rows, fields[side, pair])
+            among[side, rows] = fields[side, pair].size
     higher, same, known_higher, known_same, own, num_known = (counts[..., n] for n in range(6))
-    among = graph.num_nodes - own if candidates is None else candidates.shape[1] - own
     if candidates is None:
         num_known = np.stack([known.sizes() for known in knowns])
     raw = 1 + higher + same / 2
     filtered = 1 + higher - known_higher + (same - known_same) / 2
-    num_raw = (among + 1).astype(np.float64)
+    num_raw = (among - own + 1).astype(np.float64)
     return Ranks(edges, raw, filtered, num_raw, num_raw - num_known)
 
 
-def _blocks(edges: Edges, order: npt.NDArray[Any], mixed: bool) -> Any:
-    """Rows of edges, so many at a time; of one relation each where a relation acts on the candidates."""
-    if mixed:
-        cuts = np.arange(EVAL_QUERIES, len(order), EVAL_QUERIES)
-        return np.split(order, cuts)
-    relations = edges.relations[order]
-    starts = [0, *(np.flatnonzero(np.diff(relations)) + 1).tolist(), len(order)]
-    return [
-        order[s : min(s + EVAL_QUERIES, end)]
-        for start, end in itertools.pairwise(starts)
-        for s in range(start, end, EVAL_QUERIES)
-    ]
+def _blocks(graph: Graph, edges: Edges, order: npt.NDArray[Any], mixed: bool) -> Iterator[tuple[Any, Pair]]:
+    """Rows of edges, so many at a time, and the types that they lead from and to; of one relation each where a relation
+    acts on the candidates."""
+    pairs = graph.pair_of[edges.relations]
+    order = order[np.argsort(pairs[order], kind="stable")]
+    marks = pairs[order] if mixed else edges.relations[order]
+    starts = [0, *(np.flatnonzero(np.diff(marks)) + 1).tolist(), len(order)]
+    for start, end in itertools.pairwise(starts):
+        for s in range(start, end, EVAL_QUERIES):
+            rows = order[s : min(s + EVAL_QUERIES, end)]
+            yield rows, graph.pairs[pairs[rows[0]]]
 
 
 @dataclass(frozen=True)
@@ -195,67 +237,67 @@ class _Turned:
 
 
 class _Nodes:
-    """All nodes, some of a partition at a time."""
+    """All nodes of a type, some of a partition at a time."""
 
-    def __init__(self, scorer: Scorer) -> None:
-        self.scorer, self.parts = scorer, scorer.config.num_partitions
+    def __init__(self, scorer: Scorer, kind: int) -> None:
+        self.scorer, self.kind = scorer, kind
+        self.size = scorer.graph.counts[kind]
 
     def count(
         self, turned: _Turned, anchors: Any, facts: Any, true: Any, starts: Any, ends: Any, known: Any, counts: Any
     ) -> None:
         """Add to `counts` (N, 6). A true node's score is that of the very product it stands in among the others, so
         that ties are ties: where a product of its own was another in the last bit, the nodes are gone through again."""
-        own_vectors = self.scorer.vectors(true)
+        own_vectors = self.scorer.vectors(true, self.kind)
         positives = np.diagonal(turned.scores(anchors, facts, own_vectors)).copy()
         for _ in range(2):
             seen = positives.copy()
             counts[:] = 0
             counts[:, 4] = 1
-            for part, start, vectors in self._pieces():
+            for first, step, piece in self.scorer.pieces(self.kind, EVAL_NODES):
+                vectors = np.ascontiguousarray(piece)
                 values = turned.scores(anchors, facts, vectors)
-                first = part + start * self.parts
-                place, off = np.divmod(true - first, self.parts)
+                place, off = np.divmod(true - first, step)
                 here = np.flatnonzero((off == 0) & (place >= 0) & (place < len(vectors)))
                 seen[here] = values[here, place[here]]
-                _count(values, len(vectors), positives, true, first, self.parts, starts, ends, known, counts)
+                _count(values, len(vectors), positives, true, first, step, starts, ends, known, counts)
             if np.array_equal(seen, positives):
                 return
             positives = seen
 
-    def _pieces(self) -> Iterator[tuple[int, int, npt.NDArray[np.float32]]]:
-        for part in range(self.parts):
-            rows = partition_rows(self.scorer.graph.num_nodes, self.parts, part)
-            for start in range(0, rows, EVAL_NODES):
-                yield part, start, np.ascontiguousarray(self.scorer.view(part, slice(start, start + EVAL_NODES)))
-
 
 class _Drawn:
-    """Drawn candidates: their vectors stay in memory."""
+    """Drawn candidates of a type: their vectors stay in memory."""
 
-    def __init__(self, scorer: Scorer, nodes: npt.NDArray[np.int64]) -> None:
-        self.scorer, self.nodes = scorer, nodes
-        self.vectors = scorer.vectors(nodes)
+    def __init__(self, scorer: Scorer, kind: int, nodes: npt.NDArray[np.int64]) -> None:
+        self.scorer, self.kind, self.nodes = scorer, kind, nodes
+        self.vectors, self.size = scorer.vectors(nodes, kind), len(nodes)
 
     def count(
         self, turned: _Turned, anchors: Any, facts: Any, true: Any, starts: Any, ends: Any, known: Any, counts: Any
     ) -> None:
         """Add to `counts` (N, 6). True nodes stand behind the candidates in one product, so that ties are ties."""
-        vectors = np.concatenate([self.vectors, self.scorer.vectors(true)])
+        vectors = np.concatenate([self.vectors, self.scorer.vectors(true, self.kind)])
         values = turned.scores(anchors, facts, vectors)
-        size = len(self.nodes)
-        positives = values[np.arange(len(true)), size + np.arange(len(true))]
+        positives = values[np.arange(len(true)), self.size + np.arange(len(true))]
         _count_drawn(values, positives, true, self.nodes, starts, ends, known, counts)
 
 
 def _count_block(
-    scorer: Scorer, edges: Edges, side: int, known: "Known", rows: npt.NDArray[Any], field: "_Nodes | _Drawn"
+    scorer: Scorer,
+    edges: Edges,
+    pair: Pair,
+    side: int,
+    known: "Known",
+    rows: npt.NDArray[Any],
+    field: "_Nodes | _Drawn",
 ) -> Any:
     """side: 0 where tails are guessed, 1 heads. (N, 6): nodes that score higher, that score the same, those of them
     that are known (higher, same), candidates that are the true node, other candidates that are known."""
     config = scorer.config
     given, true = (edges.heads, edges.tails) if side == 0 else (edges.tails, edges.heads)
     turns_candidates = not config.reciprocal and side == 0
-    vectors = scorer.vectors(np.asarray(given))
+    vectors = scorer.vectors(np.asarray(given), pair[side])
     anchors = vectors if turns_candidates else scorer.turned(side if config.reciprocal else 0, vectors, edges.relations)
     anchors = scorer.prepared(anchors)
     turned = _Turned(scorer, int(edges.relations[0]) if turns_candidates else None)
@@ -343,20 +385,20 @@ class Known:
     def __init__(self, graph: Graph, edges: Edges, side: int) -> None:
         """Streams over all splits and keeps only what the edges ask for. side: 0 for tails, 1 for heads."""
         wanted, which = np.unique(_query(graph, edges, side), return_inverse=True)
-        found = []
+        found, most = [], max(graph.counts)
         for split in graph.splits:
             for piece in graph.pieces(split):
                 query = _query(graph, piece, side)
                 place = np.minimum(np.searchsorted(wanted, query), len(wanted) - 1)
                 hit = wanted[place] == query
                 nodes = np.asarray(piece.tails if side == 0 else piece.heads)[hit].astype(np.int64)
-                found.append(np.unique(place[hit] * graph.num_nodes + nodes))
+                found.append(np.unique(place[hit] * most + nodes))
         pairs = np.unique(np.concatenate(found))
-        starts = np.searchsorted(pairs, np.arange(len(wanted) + 1) * graph.num_nodes)
+        starts = np.searchsorted(pairs, np.arange(len(wanted) + 1) * most)
         sizes = np.diff(starts)[which]
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         index = np.arange(self.offsets[-1]) + np.repeat(starts[which] - self.offsets[:-1], sizes)
-        self.nodes = (pairs % graph.num_nodes)[index]
+        self.nodes = (pairs % most)[index]
         self._own = np.asarray(edges.tails if side == 0 else edges.heads)
 
     def sizes(self) -> npt.NDArray[np.int64]:

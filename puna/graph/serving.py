@@ -18,6 +18,7 @@ from puna.graph.door import END, Answer, Door, Event, Guest, rows_of, wait_for
 from puna.graph.links import Meeting
 from puna.graph.locks import Locks
 from puna.graph.parameters import LEASE_SECONDS, ParameterServer
+from puna.graph.partitions import name_of
 from puna.graph.task import GraphTask, Unit, require_finite
 from puna.train.task import Cursor, Json, State, StepReport, Tensors
 
@@ -97,7 +98,7 @@ class GraphServer(GraphTask):
             done = [(i, j) for i, j in self._trained_here]
         self._trained_here = None
         everything = range(self.config.num_partitions)
-        trained = everything if self.table.known else [p for p in everything if str(p) in self.table.vectors]
+        trained = everything if self.table.known else [p for p in everything if name_of(p) in self.table.vectors]
         self._round, self._locks = Unit(first, epoch, chunk, (0, 0), 0, 0), Locks(path, done, trained)
 
     def _set_done(self, done: list[list[int]]) -> None:

@@ -81,6 +81,48 @@ def gather(table: Any, rows: Any, max_norm: Any, out: Any) -> None:
 
 
 @kernel
+def gather_bags(table: Any, offsets: Any, features: Any, rows: Any, out: Any) -> None:
+    """out[i] = the mean of the rows features[offsets[r]:offsets[r + 1]] of table, r = rows[i]; zeros where r is -1."""
+    dim = table.shape[1]
+    for i in range(rows.shape[0]):
+        for k in range(dim):
+            out[i, k] = _ZERO
+        if rows[i] < 0:
+            continue
+        start, end = offsets[rows[i]], offsets[rows[i] + 1]
+        for at in range(start, end):
+            vector = table[features[at]]
+            for k in range(dim):
+                out[i, k] += vector[k]
+        scale = _ONE / np.float32(end - start)
+        for k in range(dim):
+            out[i, k] *= scale
+
+
+def spread(offsets: Any, features: Any, rows: Any, grads: Any) -> tuple[Any, Any]:
+    """What gradients of bags mean for their features: a row and a gradient for each feature of each of `rows`."""
+    sizes = np.where(rows >= 0, offsets[rows + 1] - offsets[rows], 0)
+    out = np.empty(int(sizes.sum()), np.int32), np.empty((int(sizes.sum()), grads.shape[1]), np.float32)
+    _spread(offsets, features, rows, grads, *out)
+    return out
+
+
+@kernel
+def _spread(offsets: Any, features: Any, rows: Any, grads: Any, rows_out: Any, grads_out: Any) -> None:
+    filled = 0
+    for i in range(rows.shape[0]):
+        if rows[i] < 0:
+            continue
+        start, end = offsets[rows[i]], offsets[rows[i] + 1]
+        share = _ONE / np.float32(end - start)
+        for at in range(start, end):
+            rows_out[filled] = features[at]
+            for k in range(grads.shape[1]):
+                grads_out[filled, k] = share * grads[i, k]
+            filled += 1
+
+
+@kernel
 def scatter(
     table: Any, sums: Any, rows: Any, grads: Any, rate: Any, first: Any, following: Any, unique: Any, total: Any
 ) -> int:

@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from puna.errors import NonFinite, RecipeError
 from puna.graph import budget, operators
 from puna.graph.buckets import Bucket, Buckets, order_buckets
 from puna.graph.config import GraphConfig, num_bytes
-from puna.graph.graph import Edges, Graph
+from puna.graph.graph import Edges, Graph, Pair
 from puna.graph.growing import Start
+from puna.graph.layout import Layout
 from puna.graph.partitions import Table
 from puna.graph.questions import Questions, QuestionWorker, cut
-from puna.graph.ranking import Scorer, draw_candidates, rank
+from puna.graph.ranking import Scorer, draw_all, rank
 from puna.graph.worker import Part, Rates, Relations, Worker
 from puna.train.config import ScheduleConfig, TrainConfig
 from puna.train.schedule import Schedule
@@ -73,12 +75,14 @@ class GraphTask(Task):
         """
         self.config, self.graph, self.seed, self.eval_edges = config, graph, seed, eval_edges
         self.num_workers = num_workers(num_threads)
-        known = (start.num_nodes, start.num_relations) if start and config.freeze else None
-        self.buckets = Buckets.open(graph, "train", config.num_partitions, known)
+        known = (start.counts, start.num_relations) if start and config.freeze else None
+        layout = Layout.of(config, graph.types)
+        self._refuse_with_features(start)
+        self.buckets = Buckets.open(graph, "train", config.num_partitions, known, layout.whole)
         self.total = config.epochs * int(self.buckets.offsets[-1])
         self.schedule = Schedule(schedule, TrainConfig(tokens=self.total))
         self.plan = self._plan()
-        self.table = Table(run, config, graph.num_nodes, key_of(seed, "nodes"), start)
+        self.table = Table(run, config, layout, key_of(seed, "nodes"), start, graph.bags)
         self.relations = fresh_relations(config, graph.num_relations)
         if start:
             start.fill_relations(self.relations)
@@ -104,7 +108,9 @@ class GraphTask(Task):
         head_part, tail_part = self.table.take(self._ahead(unit), unit.place)
         edges = self._edges(unit)
         read_s = time.perf_counter() - began
-        loss = self._train(unit, edges, head_part, tail_part)
+        head_parts = self.table.by_type(unit.bucket[0], head_part)
+        tail_parts = head_parts if tail_part is head_part else self.table.by_type(unit.bucket[1], tail_part)
+        loss = self._train(unit, edges, head_parts, tail_parts)
         require_finite(unit, loss)
         metrics = {"lr": self.config.lr * self.schedule.learning_rate(unit.tokens), "epoch": float(unit.epoch + 1)}
         metrics |= {"swap_s": read_s, "swaps": float(self.table.num_reads - reads)}
@@ -133,7 +139,7 @@ class GraphTask(Task):
         torch.set_num_threads(self.num_workers)
         count, candidates = self.config.eval_candidates, None
         if count:
-            candidates = draw_candidates(self.graph, count, self.config.eval_sampling, self.seed)
+            candidates = draw_all(self.graph, edges, count, self.config.eval_sampling, self.seed)
         figures = rank(self.scorer(), edges, candidates).figures()["filtered"]
         self.best["waited"] += 1
         if figures["mrr"] > self.best["mrr"]:
@@ -169,6 +175,15 @@ class GraphTask(Task):
             )
         return told
 
+    def _refuse_with_features(self, start: Start | None) -> None:
+        named = [key for key in ("all_negs", "max_norm") if self.config.model_dump()[key]]
+        if self.graph.feature_counts and (named or start):
+            key = named[0] if named else "start"
+            raise RecipeError(
+                f"graph.{key} is set, but the nodes of {next(iter(self.graph.feature_counts))} are bags of features",
+                f"Leave graph.{key} out: it is for nodes with vectors of their own.",
+            )
+
     def _path(self, epoch: int, chunk: int) -> list[Bucket]:
         """A round's buckets that have edges, in its order."""
         if (epoch, chunk) not in self._paths:
@@ -192,35 +207,52 @@ class GraphTask(Task):
         return chunk * size // self.config.num_chunks, (chunk + 1) * size // self.config.num_chunks
 
     def _edges(self, unit: Unit) -> Edges:
-        """A unit's edges, shuffled; where a relation has one operator, those of a relation stand together."""
+        """A unit's edges, shuffled; those that lead from one type to another stand together, and where a relation has
+        one operator, those of a relation."""
         rng = np.random.default_rng(key_of(self.seed, "edges", unit.epoch, unit.bucket))
         order = np.arange(self.buckets.size(unit.bucket), dtype=np.int32)
         rng.shuffle(order)
         order = order[slice(*self._share(unit.bucket, unit.chunk))]
-        if not self.config.reciprocal:
-            relations = self.buckets.column(unit.bucket, "relations")
-            order = order[np.argsort(relations[order], kind="stable")]
+        if not self.config.reciprocal or self.graph.is_typed:
+            groups = self._groups(self.buckets.column(unit.bucket, "relations")[order])
+            order = order[np.argsort(groups, kind="stable")]
         return self.buckets.rows(unit.bucket, order)
 
-    def _batches(self, unit: Unit, edges: Edges) -> list[Edges] | list[Questions]:
-        size = self.config.batch_edges
-        if self.config.by_question:
-            return cut(edges, size, np.random.default_rng(key_of(self.seed, "batches", unit.index)))
-        if self.config.reciprocal:
-            return [edges.take(slice(start, start + size)) for start in range(0, len(edges), size)]
-        starts = [0, *(np.flatnonzero(np.diff(edges.relations)) + 1).tolist(), len(edges)]
-        pieces = [(s, min(s + size, end)) for start, end in itertools.pairwise(starts) for s in range(start, end, size)]
-        order = np.random.default_rng(key_of(self.seed, "batches", unit.index)).permutation(len(pieces))
-        return [edges.take(slice(*pieces[n])) for n in order]
+    def _groups(self, relations: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
+        """What the edges of a batch have in common: types, and the relation where that has one operator."""
+        if not self.graph.is_typed:
+            return relations
+        pairs = self.graph.pair_of[relations]
+        return pairs if self.config.reciprocal else pairs * self.graph.num_relations + relations
 
-    def _train(self, unit: Unit, edges: Edges, head_part: Part, tail_part: Part) -> float:
-        """All batches of a unit by all workers; the loss sum, not finite where a gradient was not."""
+    def _pools(self, edges: Edges) -> dict[Pair, Edges]:
+        """A unit's edges by the types that they lead from and to."""
+        if not self.graph.is_typed:
+            return {self.graph.pairs[0]: edges}
+        bounds = np.searchsorted(self.graph.pair_of[edges.relations], np.arange(len(self.graph.pairs) + 1))
+        slices = itertools.starmap(slice, itertools.pairwise(bounds.tolist()))
+        pools = zip(self.graph.pairs, map(edges.take, slices), strict=True)
+        return {pair: pool for pair, pool in pools if len(pool)}
+
+    def _batches(self, unit: Unit, edges: Edges) -> list[Edges] | list[Questions]:
+        size, rng = self.config.batch_edges, np.random.default_rng(key_of(self.seed, "batches", unit.index))
+        if self.config.by_question:
+            found = [batch for pool in self._pools(edges).values() for batch in cut(pool, size, rng)]
+            return [found[n] for n in rng.permutation(len(found))] if self.graph.is_typed else found
+        if self.config.reciprocal and not self.graph.is_typed:
+            return [edges.take(slice(start, start + size)) for start in range(0, len(edges), size)]
+        starts = [0, *(np.flatnonzero(np.diff(self._groups(edges.relations))) + 1).tolist(), len(edges)]
+        pieces = [(s, min(s + size, end)) for start, end in itertools.pairwise(starts) for s in range(start, end, size)]
+        return [edges.take(slice(*pieces[n])) for n in rng.permutation(len(pieces))]
+
+    def _train(self, unit: Unit, edges: Edges, head_parts: Sequence[Part], tail_parts: Sequence[Part]) -> float:
+        """All batches of a unit by all workers; the loss sum, not finite where a gradient was not. Parts by type."""
         if not self._workers:
-            rows = self.table.rows(0)
+            rows = self.table.layout.most_rows
             kind = QuestionWorker if self.config.by_question else Worker
             self._workers = [kind(self.config, self.graph.num_relations, rows) for _ in range(self.num_workers)]
             self._pool = ThreadPoolExecutor(self.num_workers, "worker")
-        batches = self._batches(unit, edges)
+        batches, pools = self._batches(unit, edges), self._pools(edges)
         todo, lock = iter(range(len(batches))), threading.Lock()
         losses = [0.0] * len(batches)
 
@@ -232,8 +264,9 @@ class GraphTask(Task):
                 if n is None:
                     return
                 rates = self._rates(unit.tokens + n * len(edges) // len(batches))
-                key = key_of(self.seed, unit.index, n)
-                loss, bad = worker.train(batches[n], edges, key, head_part, tail_part, self.relations, rates)
+                key, (head, tail) = key_of(self.seed, unit.index, n), self.graph.ends[batches[n].relations[0]].tolist()
+                parts = head_parts[head], tail_parts[tail]
+                loss, bad = worker.train(batches[n], pools[head, tail], key, *parts, self.relations, rates)
                 losses[n] = math.nan if bad else loss
 
         if self.num_workers == 1:

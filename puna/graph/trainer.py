@@ -76,7 +76,8 @@ class Trainer(GraphTask):
                     buckets.receive(held[partition].vectors, held[partition].sums)
                 swapped = {"swap_s": time.perf_counter() - began, "swaps": len(answer["fetched"])}
                 shared.exchange()
-                loss = self._train(unit, self._edges(unit), *(held[partition] for partition in unit.bucket))
+                parts = [self.table.by_type(partition, held[partition]) for partition in unit.bucket]
+                loss = self._train(unit, self._edges(unit), *parts)
                 shared.exchange()
                 words = {"bucket": unit.bucket, "tokens": unit.tokens, "loss": loss, "leaves": bool(wish), **swapped}
 

@@ -28,12 +28,16 @@ PAIRS = 1 << 25
 
 @dataclass(frozen=True)
 class Walks:
-    """Which walks are made: so many from every node, of so many nodes; how far two nodes of a walk may stand apart."""
+    """Which walks are made: so many from every node, of so many nodes; how far two nodes of a walk may stand apart.
+
+    contexts: the later nodes are of a second type, `context`, with vectors of their own, as skip-gram has two tables.
+    """
 
     per_node: int
     length: int = 40
     window: int = 10
     seed: int = 0
+    contexts: bool = False
 
 
 def co_occurrences(graph: Graph, walks: Walks) -> Iterator[Edges]:

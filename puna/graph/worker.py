@@ -16,9 +16,9 @@ from torch import Tensor
 
 from puna.graph import operators, scores
 from puna.graph.config import PAIRED, GraphConfig
-from puna.graph.graph import Edges
+from puna.graph.graph import Bags, Edges
 from puna.graph.scores import Compared, Pairs, padded, prepare, restore, room_for
-from puna.graph.tables import adagrad, draw_groups, gather, number, scatter
+from puna.graph.tables import adagrad, draw_groups, gather, gather_bags, number, scatter, spread
 from puna.sparse.hashing import mix
 
 Floats = npt.NDArray[np.float32]
@@ -26,10 +26,16 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Part:
-    """A partition in memory: vectors (N, D) and their Adagrad sums (N,)."""
+    """A partition in memory: vectors (N, D) and their Adagrad sums (N,); bags: where these are of features."""
 
     vectors: Floats
     sums: Floats
+    bags: Bags | None = None
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes to draw from."""
+        return len(self.vectors) if self.bags is None else len(self.bags)
 
 
 @dataclass(frozen=True)
@@ -153,11 +159,16 @@ class Worker:
         for n, (side, part, own, others) in enumerate(ends):
             side.rows[: len(own)] = own
             side.rows[len(own) :] = -1
-            self.num_far.append(self._draw(side, len(part.vectors), others, _key(key, n)))
+            self.num_far.append(self._draw(side, part.num_nodes, others, _key(key, n)))
         half = len(self.rows) // 2
-        max_norm = np.float32(self.config.max_norm)
-        gather(head_part.vectors, self.rows[:half], max_norm, self.vectors[:half].numpy())
-        gather(tail_part.vectors, self.rows[half:], max_norm, self.vectors[half:].numpy())
+        self._fetch(head_part, self.rows[:half], self.vectors[:half].numpy())
+        self._fetch(tail_part, self.rows[half:], self.vectors[half:].numpy())
+
+    def _fetch(self, part: Part, rows: Any, out: Floats) -> None:
+        if part.bags is None:
+            gather(part.vectors, rows, np.float32(self.config.max_norm), out)
+        else:
+            gather_bags(part.vectors, part.bags.offsets, part.bags.features, rows, out)
 
     def _draw(self, side: Side, num_rows: int, others: Any, key: Any) -> int:
         """Draw a side's nodes; how many columns of a group hold one."""
@@ -249,10 +260,13 @@ class Worker:
         half, grads, bad = len(self.rows) // 2, self.grads.numpy(), 0
         halves = [(head_part, slice(half)), (tail_part, slice(half, None))]
         for part, own in [(head_part, slice(None))] if head_part is tail_part else halves:
+            rows, values, room = self.rows[own], grads[own], (self.following, self.unique)
+            if part.bags is not None:
+                rows, values = spread(part.bags.offsets, part.bags.features, rows, values)
+                room = np.empty(len(rows), np.int32), np.empty(len(rows), np.int32)
             bad += scatter(
-                part.vectors, part.sums, self.rows[own], grads[own], np.float32(rates.nodes), self.first,
-                self.following, self.unique, self.total,
-            )  # fmt: skip
+                part.vectors, part.sums, rows, values, np.float32(rates.nodes), self.first, *room, self.total
+            )
         return bad
 
 

@@ -132,14 +132,14 @@ def test_a_place_to_spare_has_every_later_bucket_ready():
 
 def test_edges_of_known_nodes_and_relations_are_left_out(graph):
     edges = graph.edges("train")
-    found = Buckets.open(graph, "train", 3, known=(20, 3))
+    found = Buckets.open(graph, "train", 3, known=([20], 3))
     heads = [bucket[0] + 3 * found.rows(bucket).heads for bucket in itertools.product(range(3), repeat=2)]
     tails = [bucket[1] + 3 * found.rows(bucket).tails for bucket in itertools.product(range(3), repeat=2)]
     wanted = (edges.heads >= 20) | (edges.tails >= 20)
     got = np.stack([np.concatenate(heads), np.concatenate(tails)], 1)
     np.testing.assert_array_equal(np.sort(got, 0), np.sort(np.stack([edges.heads, edges.tails], 1)[wanted], 0))
     with pytest.raises(DataError, match="has no edges with a new node or relation"):
-        Buckets.open(graph, "train", 1, known=(29, 3))
+        Buckets.open(graph, "train", 1, known=([29], 3))
 
 
 @pytest.mark.parametrize("parts", [1, 3])

@@ -9,6 +9,7 @@ import pytest
 from puna import cli, recipe, run
 from puna.errors import DataError
 from puna.graph.graph import Graph
+from puna.graph.importing import import_graph
 from puna.graph.trained import evaluate, export, load
 
 h5py = pytest.importorskip("h5py")
@@ -119,7 +120,8 @@ def test_a_configuration_in_python(tmp_path):
     [
         ("lr=0.1", "lr=make_rate()", r"c.py is no PyTorch-BigGraph configuration \(line 8 is no constant\)"),
         ("def get", "def got", r"no get_torchbiggraph_config"),
-        ('{"all": {"num_partitions": 1}}', '{"a": {"num_partitions": 1}, "b": {}}', r"2 entity types \(a, b\)"),
+        ('"rhs": "all"', '"rhs": "other"', r"a relation names the type 'other'"),
+        ('{"num_partitions": 1}', '{"num_partitions": 1, "dimension": 5}', "a dimension of its own for all"),
         ('{"num_partitions": 1}', '{"num_partitions": 1, "featurized": True}', "featurized entities"),
         ('[{"name"', '[{"name": "b", "operator": "none"}, {"name"', "the operators complex_diagonal, none"),
     ],
@@ -128,6 +130,38 @@ def test_configurations_that_cannot_be_carried_over(tmp_path, before, after, tol
     (tmp_path / "c.py").write_text(CONFIG.replace(before, after))
     with pytest.raises(DataError, match=told):
         pbg.convert(pbg.read_config(tmp_path / "c.py"), tmp_path / "c.py")
+
+
+@pytest.mark.parametrize("whole", [[], ["person"], ["thing"]])
+def test_types_out_and_in_again(planted, tmp_path, whole):
+    """People and things, with names in common; one of the types in one partition, or none."""
+    source = planted.folder.parent
+    (tmp_path / "types.tsv").write_text("same\tperson\tthing\nother\tperson\tthing\n")
+    files = {name: source / f"{name}.tsv" for name in ("train", "valid")}
+    import_graph(files, tmp_path / "graph", types=tmp_path / "types.tsv")
+    graph = Graph.open(tmp_path / "graph")
+    words = ["--graph.num_partitions", "3", "--graph.reciprocal", "false", "--graph.operator", "translation"]
+    scorer = trained(graph, tmp_path / "run", *words, "--graph.unpartitioned", json.dumps(whole))
+    export(scorer, tmp_path / "theirs", "pbg")
+    config = json.loads((tmp_path / "theirs" / "checkpoint" / "config.json").read_text())
+    parts = {name: 1 if name in whole else 3 for name in ("person", "thing")}
+    assert config["entities"] == {name: {"num_partitions": number} for name, number in parts.items()}
+    assert [(r["name"], r["lhs"], r["rhs"]) for r in config["relations"]] == [
+        (name, "person", "thing") for name in graph.relation_names()
+    ]
+    found = {path.name for path in (tmp_path / "theirs" / "edges" / "train").iterdir()}
+    assert found == {f"edges_{i}_{j}.h5" for i in range(parts["person"]) for j in range(parts["thing"])}
+    told = run.migrate_graph(tmp_path / "theirs" / "checkpoint" / "config.json", tmp_path / "ours", tmp_path)
+    assert told["types"] == graph.type_counts
+    kept = recipe.load(tmp_path / "ours" / "run").recipe.graph
+    assert kept.unpartitioned == tuple(whole)
+    back, _ = load(tmp_path / "ours" / "run", kept, Graph.open(tmp_path / "ours" / "graph"))
+    for kind in range(2):
+        names = graph.names(kind)
+        place = np.array([names.index(name) for name in back.graph.names(kind)])
+        np.testing.assert_array_equal(back.vectors(np.arange(len(names)), kind), scorer.vectors(place, kind))
+    assert evaluate(back, "valid")["filtered"]["mrr"] == pytest.approx(evaluate(scorer, "valid")["filtered"]["mrr"])
+    assert evaluate(back, "train")["raw"]["mrr"] == pytest.approx(evaluate(scorer, "train")["raw"]["mrr"])
 
 
 def test_damage_is_told_by_file_and_row(planted, tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import torch
 from puna.graph import operators, ranking
 from puna.graph.config import GraphConfig
 from puna.graph.graph import Edges
-from puna.graph.ranking import Known, Ranks, Scorer, draw_candidates, rank, summary
+from puna.graph.ranking import Known, Ranks, Scorer, draw_all, draw_candidates, rank, summary
 from puna.graph.worker import Relations
 
 
@@ -129,7 +129,7 @@ def test_equal_vectors_tie_in_whatever_pieces_they_are_multiplied(planted, nodes
     monkeypatch.setattr(ranking, "EVAL_NODES", nodes)
     table = np.tile(np.random.default_rng(3).normal(size=100).astype("f4"), (planted.num_nodes, 1))
     edges = planted.edges("test")
-    drawn = draw_candidates(planted, candidates, "uniform") if candidates else None
+    drawn = draw_all(planted, edges, candidates, "uniform") if candidates else None
     got = rank(scorer_of(planted, table, operator="none"), edges, drawn)
     np.testing.assert_array_equal(got.raw, (got.num_raw + 1) / 2)
 
@@ -143,7 +143,7 @@ def test_ranks_among_drawn_nodes_are_a_loops(planted, num_partitions, sampling, 
     scorer = scorer_of(planted, table, num_partitions=num_partitions, reciprocal=reciprocal)
     edges, known = planted.edges("test").take(slice(30)), known_of(planted)
     drawn = draw_candidates(planted, 90, sampling, seed=5)
-    got = rank(scorer, edges, drawn)
+    got = rank(scorer, edges, {(0, 0): drawn})
     for i, (h, r, t) in enumerate(zip(edges.heads, edges.relations, edges.tails, strict=True)):
         for side, (given, true) in enumerate([(h, t), (t, h)]):
             values = np.array([naive_score(scorer, side, table[given], r, v) for v in table])
