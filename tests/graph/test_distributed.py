@@ -116,7 +116,7 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_from_its_checkpoint(graph
     assert kept.cursor.units == 20
     done = kept.json["done"]
     assert len(done) == 4
-    task, codes = together(graph, tmp_path, deaths=(0,), every=1, epochs=EPOCHS)
+    task, codes = together(graph, tmp_path, deaths=(0,), epochs=EPOCHS)
     assert codes == [0]
     (resumed,) = events_of(tmp_path, "resume")
     assert resumed["step"] == 20
