@@ -89,7 +89,7 @@ class Link:
         prefixed, limit = dist.PrefixStore(name, store), timedelta(seconds=seconds)
         self._other = 1 - end
         with _as_lost():
-            self._group = dist.ProcessGroupGloo(prefixed, end, 2, limit)
+            self._group: Any = dist.ProcessGroupGloo(prefixed, end, 2, limit)  # stubs lack send and recv
 
     def send(self, *arrays: npt.NDArray[Any]) -> None:
         """Arrays whose shapes and dtypes the other end knows."""

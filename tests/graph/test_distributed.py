@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from trainers import VALUES, Assembled, alone, communities, job, meet, num_edges, together
+from trainers import NUM_HELD_OUT, VALUES, Assembled, alone, communities, job, meet, num_edges, together
 
 from puna.errors import DeviceError, NonFinite, RankFailed, RanksDiffer
 from puna.graph.door import Door, Event, Guest
@@ -116,7 +116,7 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_from_its_checkpoint(graph
     assert kept.cursor.units == 20
     done = kept.json["done"]
     assert len(done) == 4
-    task, codes = together(graph, tmp_path, deaths=(0,), every=1, epochs=EPOCHS)
+    task, codes = together(graph, tmp_path, deaths=(0,), epochs=EPOCHS)
     assert codes == [0]
     (resumed,) = events_of(tmp_path, "resume")
     assert resumed["step"] == 20
@@ -343,7 +343,7 @@ def test_all_trainers_but_one_die(graph, single, tmp_path):
 def command(graph, run, *more, epochs=EPOCHS):
     flags = {f"graph.{key}": value for key, value in VALUES.items()} | {"graph.epochs": epochs, "graph.n3": 0.0}
     flags |= {"data.path": graph.folder, "run.dir": run, "run.num_threads": 1, "run.tensorboard": "false"}
-    flags |= {"checkpoint.every": 5, "eval.every": 0, "eval.tokens": 1000, "schedule.final_ratio": 0.1}
+    flags |= {"checkpoint.every": 5, "eval.every": 0, "eval.tokens": NUM_HELD_OUT, "schedule.final_ratio": 0.1}
     flags |= dict(zip(more[::2], more[1::2], strict=True))
     words = [f"--{key}={value}" for key, value in flags.items()]
     return [sys.executable, "-m", "puna.cli", "train", "graph-small", *words, "--json"]

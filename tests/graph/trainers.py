@@ -45,8 +45,7 @@ def communities(folder: Path, size: int) -> Graph:
         for head, relation, place in itertools.product(range(NUM_COMMUNITIES * size), range(NUM_RELATIONS), range(size))
     ]
     np.random.default_rng(0).shuffle(lines)
-    half = NUM_HELD_OUT // 2
-    parts = {"train": lines[NUM_HELD_OUT + NUM_LEFT_OUT :], "valid": lines[:half], "test": lines[half:NUM_HELD_OUT]}
+    parts = {"train": lines[NUM_HELD_OUT + NUM_LEFT_OUT :], "valid": lines[:NUM_HELD_OUT]}
     for name, part in parts.items():
         (folder / f"{name}.tsv").write_text("".join(part))
     import_graph({name: folder / f"{name}.tsv" for name in parts}, folder / "graph")
@@ -61,13 +60,13 @@ def loop(run, every=1000):
     return LoopConfig(
         run=RunConfig(dir=str(run), tensorboard=False),
         checkpoint=CheckpointConfig(every=every),
-        eval=EvalConfig(every=0, tokens=1000),
+        eval=EvalConfig(every=0, tokens=NUM_HELD_OUT),
     )
 
 
 def alone(graph, run, seed=0, **values):
     """What one process, with one worker, makes of it."""
-    task = GraphTask(*job(graph, run, **values), seed=seed, num_threads=1, eval_edges=1000)
+    task = GraphTask(*job(graph, run, **values), seed=seed, num_threads=1, eval_edges=NUM_HELD_OUT)
     Run(task, run, loop(run)).go()
     return task
 
@@ -142,7 +141,7 @@ def trainers(meeting, graph, run, deaths, seed=0, facts=None, seconds=0.0, **val
 def together(graph, run, deaths=(0, 0), seed=0, server=Assembled, every=1000, **values):
     """A run of a server and trainers, to its end or what it raises; returns the server's task and exit codes."""
     meeting = meet(run)
-    task = server(meeting, {}, *job(graph, run, **values), seed=seed, num_threads=1, eval_edges=1000)
+    task = server(meeting, {}, *job(graph, run, **values), seed=seed, num_threads=1, eval_edges=NUM_HELD_OUT)
     task.num_wanted = len(deaths)
     with trainers(meeting, graph, run, deaths, seed, **values) as processes:
         with task.serving():
