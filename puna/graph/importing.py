@@ -260,8 +260,11 @@ def _write(
         files[name] = {"bytes": (out / name).stat().st_size, "sha256": sha256_of(out / name)}
     facts = {split: {"edges": count, "weighted": form.weighted} for split, count in counts.items()}
     added_to = [*base.added_to, base.version] if base else []
-    kinds = (nodes.counts(), nodes.ends, counted) if nodes.is_typed else ({}, [])
-    return Graph(out, nodes.count, relations.count, facts, files, added_to, *kinds), nodes.count - trained
+    pairs_of = nodes.ends if nodes.is_typed else []
+    graph = Graph(
+        out, nodes.count, relations.count, facts, files, added_to, nodes.counts(), pairs_of, feature_counts=counted
+    )
+    return graph, nodes.count - trained
 
 
 def _require_columns(columns: Sequence[str]) -> None:
