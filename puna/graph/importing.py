@@ -140,9 +140,9 @@ class _Nodes:
         self.names: dict[str, Names] = {}
         self.files: list[IO[bytes]] = []
         self.ends: list[Pair] = []
-        for kind in base.types if base else ():
-            self.names[kind.name] = Names.of_file(base.folder / kind.file, self._open(kind.file))
         if base:
+            for kind in base.types:
+                self.names[kind.name] = Names.of_file(base.folder / kind.file, self._open(kind.file))
             self.ends = [(int(head), int(tail)) for head, tail in base.ends]
         elif not self.is_typed:
             self.names[ONLY_TYPE] = Names(self._open("nodes.txt"))

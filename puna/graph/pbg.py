@@ -454,7 +454,7 @@ def _export_edges(buckets: Buckets, config: Config, folder: Path) -> None:
     every, num_parts = range(buckets.num_partitions), (config.parts(0), config.parts(1))
     for i, j in product(*map(range, num_parts)):
         sources = product(*([own] if parts > 1 else every for own, parts in zip((i, j), num_parts, strict=True)))
-        edges = [buckets.rows(bucket) for bucket in sources]
+        edges = [buckets.rows((row, place)) for row, place in sources]
         with h5py.File(folder / f"edges_{i}_{j}.h5", "w") as file:
             file.attrs["format_version"] = FORMAT_VERSION
             for name, column in (("lhs", "heads"), ("rhs", "tails"), ("rel", "relations"), ("weight", "weights")):
