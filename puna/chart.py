@@ -87,7 +87,7 @@ def chart(
 def cloud(groups: Sequence[tuple[str, Sequence[tuple[float, float, str]]]]) -> str:
     """Named groups of points (x, y, word) as an SVG figure without scales; a point's word is its tooltip."""
     width, height = WIDE
-    xs, ys = ([point[i] for _, own in groups for point in own] for i in (0, 1))
+    xs, ys = [x for _, own in groups for x, _, _ in own], [y for _, own in groups for _, y, _ in own]
     x_axis, y_axis = Axis(min(xs), max(xs), LEFT, width - LEFT), Axis(min(ys), max(ys), height - TOP, TOP)
     parts, keys = [], []
     for n, (name, own) in enumerate(groups):

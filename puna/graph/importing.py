@@ -140,9 +140,9 @@ class _Nodes:
         self.names: dict[str, Names] = {}
         self.files: list[IO[bytes]] = []
         self.ends: list[Pair] = []
-        for kind in base.types if base else ():
-            self.names[kind.name] = Names.of_file(base.folder / kind.file, self._open(kind.file))
         if base:
+            for kind in base.types:
+                self.names[kind.name] = Names.of_file(base.folder / kind.file, self._open(kind.file))
             self.ends = [(int(head), int(tail)) for head, tail in base.ends]
         elif not self.is_typed:
             self.names[ONLY_TYPE] = Names(self._open("nodes.txt"))
@@ -260,8 +260,11 @@ def _write(
         files[name] = {"bytes": (out / name).stat().st_size, "sha256": sha256_of(out / name)}
     facts = {split: {"edges": count, "weighted": form.weighted} for split, count in counts.items()}
     added_to = [*base.added_to, base.version] if base else []
-    kinds = (nodes.counts(), nodes.ends, counted) if nodes.is_typed else ({}, [])
-    return Graph(out, nodes.count, relations.count, facts, files, added_to, *kinds), nodes.count - trained
+    pairs_of = nodes.ends if nodes.is_typed else []
+    graph = Graph(
+        out, nodes.count, relations.count, facts, files, added_to, nodes.counts(), pairs_of, feature_counts=counted
+    )
+    return graph, nodes.count - trained
 
 
 def _require_columns(columns: Sequence[str]) -> None:

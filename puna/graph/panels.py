@@ -50,7 +50,8 @@ def nodes(records: Records) -> str:
     chosen = [sample(count, graph.num_nodes) for count in graph.counts]
     vectors = _vectors(load(records.folder, config, graph)[0], chosen)
     places, shares = project(vectors[:, int(config.bias) :])
-    groups, before = [], 0
+    groups: list[tuple[str, list[tuple[float, float, str]]]] = []
+    before = 0
     for kind, own in zip(graph.types, chosen, strict=True):
         names = names_of(graph.folder / kind.file, own.tolist())
         rows = places[before : before + len(own)].tolist()

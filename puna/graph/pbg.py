@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -191,7 +191,9 @@ def import_graph(config: Config, entities: Path, edges: Mapping[str, Path], out:
     """
     out.mkdir(parents=True, exist_ok=True)
     typed = len(config.entities) > 1
-    starts, files, kept = {}, dict[str, dict[str, Any]](), ["relations.txt"]
+    starts: dict[str, npt.NDArray[np.int64]] = {}
+    files: dict[str, dict[str, Any]] = {}
+    kept = ["relations.txt"]
     for entity, parts in config.entities.items():
         counts = [_number(entities / f"entity_count_{entity}_{part}.txt") for part in range(parts)]
         starts[entity] = np.concatenate([[0], np.cumsum(counts)])
@@ -208,9 +210,10 @@ def import_graph(config: Config, entities: Path, edges: Mapping[str, Path], out:
         files |= written
     for name in kept:
         files[name] = {"bytes": (out / name).stat().st_size, "sha256": sha256_of(out / name)}
-    counts = {entity: int(own[-1]) for entity, own in starts.items()}
-    kinds = (counts, [(int(head), int(tail)) for head, tail in pairs]) if typed else ({}, [])
-    graph = Graph(out, sum(counts.values()), len(names), splits, files, [], *kinds)
+    held = {entity: int(own[-1]) for entity, own in starts.items()}
+    graph = Graph(out, sum(held.values()), len(names), splits, files)
+    if typed:
+        graph = replace(graph, type_counts=held, relation_types=[(int(head), int(tail)) for head, tail in pairs])
     write_manifest(graph)
     return graph
 
@@ -451,14 +454,13 @@ def _export_edges(buckets: Buckets, config: Config, folder: Path) -> None:
     every, num_parts = range(buckets.num_partitions), (config.parts(0), config.parts(1))
     for i, j in product(*map(range, num_parts)):
         sources = product(*([own] if parts > 1 else every for own, parts in zip((i, j), num_parts, strict=True)))
-        edges = [buckets.rows(bucket) for bucket in sources]
+        edges = [buckets.rows((row, place)) for row, place in sources]
         with h5py.File(folder / f"edges_{i}_{j}.h5", "w") as file:
             file.attrs["format_version"] = FORMAT_VERSION
-            for name, column in (("lhs", "heads"), ("rhs", "tails"), ("rel", "relations")):
-                values = np.concatenate([getattr(piece, column) for piece in edges])
-                file.create_dataset(name, data=values.astype(np.int64))
-            if buckets.weighted:
-                file.create_dataset("weight", data=np.concatenate([piece.weights for piece in edges]))
+            for name, column in (("lhs", "heads"), ("rhs", "tails"), ("rel", "relations"), ("weight", "weights")):
+                if column in column_names(buckets.weighted):
+                    values = np.concatenate([getattr(piece, column) for piece in edges])
+                    file.create_dataset(name, data=values if name == "weight" else values.astype(np.int64))
 
 
 def _export_relations(file: Any, config: Config, scorer: Scorer) -> None:
