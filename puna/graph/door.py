@@ -67,12 +67,23 @@ class Door:
         self._facts = json.loads(json.dumps(facts))
         self._closed = threading.Event()
         self._store = meeting.open()
-        threading.Thread(target=self._let_in, name="door", daemon=True).start()
+        self._threads: list[threading.Thread] = []
+        self._start(self._let_in, "door")
 
     def close(self) -> None:
         """Let nobody in any more; who is inside learns at the next exchange of parameters that the run is over."""
         self._closed.set()
         self._parameters.stopped = True
+
+    def join(self, deadline: float) -> None:
+        """Wait for the threads, until `deadline` (monotonic) at most: a process that ends under one in gloo aborts."""
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _start(self, target: Callable[..., None], name: str, *arguments: Any) -> None:
+        thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _let_in(self) -> None:
         number = 0
@@ -80,7 +91,7 @@ class Door:
             come = int(self._store.get(COUNTER)) if self._store.check([COUNTER]) else 0
             while number < come:
                 number += 1
-                threading.Thread(target=self._meet, args=(number,), name=f"trainer {number}", daemon=True).start()
+                self._start(self._meet, f"trainer {number}", number)
 
     def _meet(self, number: int) -> None:
         try:
@@ -95,8 +106,7 @@ class Door:
             return
         guest = Guest(number, words["name"])
         self.events.put(Event("joined", guest))
-        serve = threading.Thread(target=self._exchange, args=(guest, parameters), daemon=True)
-        serve.start()
+        self._start(self._exchange, f"parameters {number}", guest, parameters)
         self._attend(guest, buckets)
 
     def _exchange(self, guest: Guest, link: Link) -> None:

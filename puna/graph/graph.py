@@ -109,10 +109,17 @@ class Graph:
 
     @classmethod
     def _of(cls, folder: Path, raw: dict[str, Any]) -> "Graph":
-        counts = raw["num_nodes"], raw["num_relations"]
-        pairs = [(head, tail) for head, tail in raw.get("relation_types", [])]
-        kinds = raw.get("types", {}), pairs, raw.get("features", {})
-        return cls(folder, *counts, raw["splits"], raw["files"], raw.get("added_to", []), *kinds)
+        return cls(
+            folder,
+            raw["num_nodes"],
+            raw["num_relations"],
+            raw["splits"],
+            raw["files"],
+            raw.get("added_to", []),
+            raw.get("types", {}),
+            [(head, tail) for head, tail in raw.get("relation_types", [])],
+            raw.get("features", {}),
+        )
 
     @property
     def is_typed(self) -> bool:

@@ -187,6 +187,7 @@ class GraphServer(GraphTask):
                 event.guest.answers.put(Answer(END))
             elif event:
                 self._guests[event.guest.number] = event.guest
+        self._door.join(deadline)
 
     def _num_edges(self, bucket: Bucket) -> int:
         start, end = self._share(bucket, self._round.chunk)

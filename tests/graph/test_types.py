@@ -314,6 +314,27 @@ def puna(tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_several_processes_refuse_a_type_that_is_not_cut(shop, puna):
+    words = [*FLAGS, "--graph.num_partitions", "4", "--run.num_processes", "2", "--data.path", shop.folder]
+    status, _, err = puna("train", "social", *words, "--graph.unpartitioned", '["country"]')
+    assert status == 2
+    assert "nodes of the type country are not cut into partitions; several processes cannot share them" in err
+    assert "Train by one process (run.num_processes 1)" in err
+
+
+@pytest.mark.slow
+def test_several_processes_train_types_that_are_cut(shop, puna):
+    words = [*FLAGS, "--graph.num_partitions", "4", "--data.path", shop.folder, "--graph.epochs", "12"]
+    found = {}
+    for count in (1, 2):
+        status, _, err = puna("train", "social", *words, "--run.num_processes", count, "--run.dir", f"r{count}")
+        assert status == 0, err
+        status, out, err = puna("graph", "eval", f"r{count}", "--split", "valid", "--json")
+        found[count] = json.loads(out)["filtered"]["mrr"]
+    assert found[2] == pytest.approx(found[1], abs=0.1)
+    assert found[2] > 0.2
+
+
 def test_from_types_to_neighbours_by_the_verbs(shop, puna, tmp_path):
     source = shop.folder.parent
     words = ["--train", source / "train.tsv", "--valid", source / "valid.tsv", "--types", source / "types.tsv"]
