@@ -166,7 +166,7 @@ def _set_aside(part: _Opened) -> None:
     assert broken is not None
     rows = broken.nonzero()[:, 0]
     gaps = b"".join(stream.varint(int(gap)) for gap in np.diff(rows.cpu().numpy(), prepend=-1) - 1)
-    values = part.rows[rows].view(torch.uint8).reshape(-1)
+    values = part.rows[rows].reshape(-1).view(torch.uint8)
     all_rows, part.rows = part.rows, part.rows[~broken]
     if len(part.rows):
         _fill(part)
@@ -186,7 +186,7 @@ def _joined(part: _Opened) -> Tensor:
     body = [nothing if tensor is None else tensor for tensor in (part.exceptions, part.payload)]
     if head.grid is None or sum(map(len, body)) >= 4 * rows.numel():
         head.method, head.num_exceptions, head.grid = stream.RAW, 0, None
-        body = [rows.view(torch.uint8).reshape(-1)]
+        body = [rows.reshape(-1).view(torch.uint8)]
     parts = [*index, *body]
     text = _tensor(stream.write(head, sum(map(len, parts))), device)
     return torch.cat((text, *parts, torch.zeros(head.padding, dtype=torch.uint8, device=device)))

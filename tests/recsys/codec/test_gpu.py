@@ -68,12 +68,12 @@ def sweep(case_of, check_bound, seeds):
 
 
 def test_slices_of_every_kind_have_the_hosts_bytes(case_of, check_bound):
-    sweep(case_of, check_bound, range(192))
+    sweep(case_of, check_bound, range(64))
 
 
 @pytest.mark.slow
 def test_thousands_of_slices_have_the_hosts_bytes(case_of, check_bound):
-    sweep(case_of, check_bound, range(192, 10_000))
+    sweep(case_of, check_bound, range(64, 10_000))
 
 
 @pytest.mark.parametrize(("bound", "bits"), WIDTHS)
@@ -164,7 +164,7 @@ def test_int8_is_within_a_code_of_the_host():
     )
     wire.decode(blocks, streams, outs)
     for part, ours, host, out in zip(parts, streams, theirs, outs, strict=True):
-        ours, host = (np.array(s.cpu() if torch.is_tensor(s) else s).reshape(len(part), -1) for s in (ours, host))
+        ours, host = (np.array(s).reshape(len(part), part.shape[1] + 8) for s in (ours.cpu(), host))
         assert (np.abs(ours[:, :-8].astype(int) - host[:, :-8]) <= 1).all()
         assert (ours[:, :-8] == host[:, :-8]).mean() > 0.99 if len(part) else True
         ends = [np.ascontiguousarray(table[:, -8:]).view(np.float32) for table in (ours, host)]
