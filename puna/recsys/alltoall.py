@@ -6,7 +6,7 @@
 `sent[p]` are the blocks for rank p and `received[q]` those from rank q; both ends know their shapes, which may be zero
 and differ. Two rounds: how many bytes each block has (left out where both ends know), then the bytes, as one tensor.
 `start` sends before something else is computed; handing its result to the call waits for what arrives. Backward goes
-the same way with the sides exchanged.
+the same way with the sides exchanged. Where x lives on CUDA, so does all that is sent: `gpu_wires`, which need Triton.
 """
 
 import hashlib
@@ -20,10 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from puna.errors import RanksDiffer
-from puna.recsys.wires import Block, Raw, Wire
+from puna.recsys.wires import Block, DeviceWire, Raw, Wire
 
 Blocks = Sequence[Sequence[Block]]
 """By rank, in order."""
+AnyWire = Wire | DeviceWire
 
 
 @dataclass
@@ -63,8 +64,8 @@ class Exchange:
     def __init__(
         self,
         group: dist.ProcessGroup | None = None,
-        forward: Wire | None = None,
-        backward: Wire | None = None,
+        forward: AnyWire | None = None,
+        backward: AnyWire | None = None,
         *,
         local: bool = False,
     ) -> None:
@@ -109,7 +110,7 @@ class Exchange:
         sent: Blocks,
         received: Blocks,
         terms: Mapping[str, Any] | None,
-        wire: Wire,
+        wire: AnyWire,
         traffic: Traffic,
         *,
         dithered: bool,
@@ -119,7 +120,8 @@ class Exchange:
         traffic.plain += sum(4 * b.count for rank, blocks in enumerate(sent) for b in blocks if rank != self.rank)
         if wire.name == "raw":
             return self._start_plain(x, sent, received, traffic)
-        flat = x.numpy()
+        wire = _for(wire, x)
+        flat = _view(wire, x)
         starts = _starts(sent)
         blocks = [
             (rank, n) for rank in range(self.size) if rank != self.rank or self.local for n in range(len(sent[rank]))
@@ -130,20 +132,19 @@ class Exchange:
         for (rank, _), stream in zip(blocks, encoded, strict=True):
             streams[rank].append(stream)
         traffic.blocks = [[len(stream) for stream in part] for part in streams]
-        sizes = self._sizes(traffic.blocks, sent, received, terms, wire, traffic)
+        sizes = self._sizes(traffic.blocks, sent, received, terms, wire, traffic, x.device)
         kept, streams[self.rank] = streams[self.rank], []
         out_splits = [sum(part) if rank != self.rank else 0 for rank, part in enumerate(sizes)]
         in_splits = [sum(map(len, part)) for part in streams]
         traffic.payload += sum(in_splits)
-        arrived = torch.empty(sum(out_splits), dtype=torch.uint8)
-        outgoing = [np.empty(0, np.uint8), *(stream for part in streams for stream in part)]
-        payload = torch.from_numpy(np.concatenate(outgoing))
+        arrived = x.new_empty(sum(out_splits), dtype=torch.uint8)
+        payload = _joined(wire, x, [stream for part in streams for stream in part])
         work = self._send(arrived, payload, out_splits, in_splits)
 
         def finish(lives: Tensor = payload) -> Tensor:
             if work is not None:
                 work.wait()
-            return self._decode(arrived.numpy(), sizes, received, wire, kept, x, sent)
+            return self._decode(arrived, sizes, received, wire, kept, x, sent)
 
         return Pending(finish)
 
@@ -174,8 +175,9 @@ class Exchange:
         sent: Blocks,
         received: Blocks,
         terms: Mapping[str, Any] | None,
-        wire: Wire,
+        wire: AnyWire,
         traffic: Traffic,
+        device: torch.device,
     ) -> list[list[int]]:
         """Bytes of every block that arrives: known, or told in a round of their own, with a digest of the terms."""
         known = [[wire.size(block) for block in blocks] for blocks in received]
@@ -185,9 +187,9 @@ class Exchange:
             return [list(part) for part in mine]
         digest = _digest(terms or {})
         told = [[digest, *(mine[rank] if rank != self.rank else [0] * len(sent[rank]))] for rank in range(self.size)]
-        heard = torch.empty(sum(1 + len(blocks) for blocks in received), dtype=torch.int64)
+        heard = torch.empty(sum(1 + len(blocks) for blocks in received), dtype=torch.int64, device=device)
         splits = [[1 + len(blocks) for blocks in side] for side in (received, sent)]
-        outgoing = torch.tensor([n for part in told for n in part])
+        outgoing = torch.tensor([n for part in told for n in part], device=device)
         dist.all_to_all_single(heard, outgoing, splits[0], splits[1], group=self.group)
         traffic.metadata += 8 * (sum(splits[1]) - splits[1][self.rank])
         parts = [part.tolist() for part in heard.split(splits[0])]
@@ -213,29 +215,29 @@ class Exchange:
 
     def _decode(
         self,
-        arrived: np.ndarray,
+        arrived: Tensor,
         sizes: Sequence[Sequence[int]],
         received: Blocks,
-        wire: Wire,
+        wire: AnyWire,
         kept: Sequence[Any],
         x: Tensor,
         sent: Blocks,
     ) -> Tensor:
         out = x.new_empty(sum(block.count for blocks in received for block in blocks))
-        flat, starts = out.numpy(), _starts(received)
+        flat, bytes_, starts = _view(wire, out), _view(wire, arrived), _starts(received)
         blocks, streams, outs = [], [], []
         at = 0
         for rank, part in enumerate(received):
             if rank == self.rank and not self.local:
                 first, begin = starts[rank][0] if part else 0, _starts(sent)[rank]
                 count = sum(block.count for block in part)
-                flat[first : first + count] = x.numpy()[begin[0] : begin[0] + count] if part else 0
+                out[first : first + count] = x[begin[0] : begin[0] + count] if part else 0
                 continue
             for n, block in enumerate(part):
                 if rank == self.rank:
                     streams.append(kept[n])
                 else:
-                    streams.append(arrived[at : at + sizes[rank][n]])
+                    streams.append(bytes_[at : at + sizes[rank][n]])
                     at += sizes[rank][n]
                 blocks.append(block)
                 outs.append(_rows(flat, starts[rank][n], block))
@@ -271,7 +273,27 @@ def _starts(blocks: Blocks) -> list[list[int]]:
     return starts
 
 
-def _rows(flat: np.ndarray, start: int, block: Block) -> np.ndarray:
+def _for(wire: AnyWire, x: Tensor) -> AnyWire:
+    """The wire, or its like for x on CUDA."""
+    if not x.is_cuda or isinstance(wire, DeviceWire):
+        return wire
+    from puna.recsys.gpu_wires import device_wire
+
+    return device_wire(wire.name)
+
+
+def _view(wire: AnyWire, x: Tensor) -> Any:
+    """x as the wire takes it."""
+    return x if isinstance(wire, DeviceWire) else x.numpy()
+
+
+def _joined(wire: AnyWire, x: Tensor, streams: Sequence[Any]) -> Tensor:
+    if isinstance(wire, DeviceWire):
+        return torch.cat((x.new_empty(0, dtype=torch.uint8), *streams))
+    return torch.from_numpy(np.concatenate([np.empty(0, np.uint8), *streams]))
+
+
+def _rows(flat: Any, start: int, block: Block) -> Any:
     return flat[start : start + block.count].reshape(block.rows, block.width)
 
 

@@ -6,6 +6,7 @@ int8      row-wise: D codes, float32 scale and minimum (of the row)     D + 8
 bounded   the error-bounded codec; sizes are known once it is done
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from puna.sparse.compiled import exact_kernel, kernel
 from puna.sparse.hashing import mix
@@ -62,6 +64,24 @@ class Wire(Protocol):
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
         """Fill each of `outs`, (rows, width)."""
+
+
+class DeviceWire(ABC):
+    """A `Wire` whose rows and bytes are tensors on one device."""
+
+    name: str
+
+    @abstractmethod
+    def size(self, block: Block) -> int | None:
+        """As `Wire.size`."""
+
+    @abstractmethod
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], dithered: bool) -> list[Tensor]:
+        """As `Wire.encode`."""
+
+    @abstractmethod
+    def decode(self, blocks: Sequence[Block], streams: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        """As `Wire.decode`."""
 
 
 class Raw:

@@ -19,7 +19,8 @@ NO_GRID = -1.0
 _SMALLEST, _LARGEST = 2.0**-100, 2.0**126  # errors outside make denormal or infinite steps
 _MARGIN = 2.0**-14  # of the step, besides what rounding of values and codes takes
 _FAR = 65536.0  # a grid through 0 has whole numbers up to this; beyond it begins at the smallest value
-_SLACK = 1 - 2.0**-21
+SLACK = 1 - 2.0**-21
+"""Share of the largest error that a difference in float32 may come to."""
 
 
 class Grid(NamedTuple):
@@ -83,7 +84,7 @@ def restore(codes: npt.NDArray[Any], grid: Grid, values: npt.NDArray[np.float32]
 @kernel
 def _limit(error: float) -> Any:
     """What a difference that float32 rounds may come to, such that it is below `error`, and below that in float32."""
-    return np.float32(error * _SLACK)
+    return np.float32(error * SLACK)
 
 
 @kernel
