@@ -125,14 +125,15 @@ def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
     return first, number[sorted_number]
 
 
-def _numbers(grid: Grid, error: float, device: torch.device) -> Tensor:
+def numbers_of(grid: Grid, error: float, device: torch.device) -> Tensor:
+    """The `numbers` of kernels; error: the largest that is allowed."""
     inverse = np.float32(1) / np.float32(grid.step) if grid.step else 0.0
     limit = np.float32(error * quantise.SLACK)
     return torch.tensor([inverse, grid.step, grid.base, grid.low, limit], dtype=torch.float32, device=device)
 
 
-def _packed(source: Tensor, width: int, kind: Any, numbers: Tensor, broken: Tensor, row: int = 1) -> Tensor:
-    """The planes of source (m,), values or codes, as uint8."""
+def packed(source: Tensor, width: int, kind: Any, numbers: Tensor, broken: Tensor, row: int = 1) -> Tensor:
+    """The planes of source (m,), values on a grid or codes, as uint8; broken (m // row,) is marked."""
     count = source.numel()
     out = torch.empty(planes.packed_size(count, width), dtype=torch.uint8, device=source.device)
     largest = min(count, out.numel())  # no plane has more bytes
@@ -151,12 +152,13 @@ def _fill(part: _Opened) -> None:
         part.payload = rows.new_empty(0, dtype=torch.uint8)
         return
     broken = torch.zeros(len(rows), dtype=torch.uint8, device=rows.device)
-    numbers = _numbers(grid, part.error, rows.device)
-    part.payload = _packed(rows, planes.width_of(grid.num_codes), _kind(grid), numbers, broken, rows.shape[1])
+    numbers = numbers_of(grid, part.error, rows.device)
+    part.payload = packed(rows, planes.width_of(grid.num_codes), kind_of(grid), numbers, broken, rows.shape[1])
     part.broken = broken.bool()
 
 
-def _kind(grid: Grid) -> Any:
+def kind_of(grid: Grid) -> Any:
+    """Which arithmetic the grid's values have."""
     return kernels.WITH_BASE if grid.base else kernels.THROUGH_ZERO
 
 
@@ -181,8 +183,8 @@ def _joined(part: _Opened) -> Tensor:
     index, nothing = [], torch.empty(0, dtype=torch.uint8, device=device)
     if head.index == SENT_INDEX:
         assert part.inverse is not None
-        packed = _packed(part.inverse, planes.width_of(head.num_distinct), kernels.CODES, nothing, nothing)
-        index = [_tensor(stream.varint(1 + len(packed)) + _PACKED, device), packed]
+        numbers = packed(part.inverse, planes.width_of(head.num_distinct), kernels.CODES, nothing, nothing)
+        index = [_tensor(stream.varint(1 + len(numbers)) + _PACKED, device), numbers]
     body = [nothing if tensor is None else tensor for tensor in (part.exceptions, part.payload)]
     if head.grid is None or sum(map(len, body)) >= 4 * rows.numel():
         head.method, head.num_exceptions, head.grid = stream.RAW, 0, None
@@ -266,8 +268,8 @@ def _rows(head: Head, data: Tensor, beyond: Tensor) -> Tensor:
         return data.clone().view(torch.float32).reshape(shape)
     is_exception, values, data = _exceptions(head, data)
     coded = torch.empty((head.num_coded, head.width), dtype=torch.float32, device=data.device)
-    numbers = _numbers(grid, 0.0, data.device)
-    _unpack(data, grid.num_codes, coded, _kind(grid), numbers, beyond)
+    numbers = numbers_of(grid, 0.0, data.device)
+    _unpack(data, grid.num_codes, coded, kind_of(grid), numbers, beyond)
     if grid.step == 0:
         coded[:] = grid.base
     if is_exception is None:

@@ -12,7 +12,9 @@ import torch
 
 from puna.errors import DataError
 from puna.recsys.alltoall import Exchange
+from puna.recsys.codec import planes, quantise
 from puna.recsys.codec.api import Codec
+from puna.recsys.codec.quantise import Grid
 from puna.recsys.wires import Block, Bounded, Half, Int8
 
 ON_CUDA = torch.cuda.is_available()
@@ -94,12 +96,32 @@ def test_lookups_share_rows(lookups, check_bound):
             check_bound(rows, compare(Codec(), rows, known, 0.02), 0.02)
 
 
-def test_values_on_the_edge_of_two_codes():
-    """Whole numbers of steps and a half: rounding to another side than the host's would show."""
-    steps = np.float32(0.0199) * (np.arange(-400, 400, dtype=np.float32) / 2)
-    rows = np.concatenate([steps, np.nextafter(steps, 9), np.nextafter(steps, -9)]).astype(np.float32).reshape(-1, 8)
-    for bound in (0.5, 0.25, 0.125, 0.01, 0.001):
-        compare(Codec(), rows, None, bound)
+@pytest.mark.parametrize(
+    "grid", [Grid(np.float32(0.0199), 0.0, -400, 801), Grid(np.float32(0.001), 1.0, 0, 1001)], ids=["zero", "base"]
+)
+def test_values_between_two_codes_fall_to_the_hosts_side(grid):
+    """Half-way between codes, and next to it, where the last bit of the arithmetic decides."""
+    halves = (grid.base + (np.arange(grid.num_codes - 1) + grid.low + 0.5) * float(grid.step)).astype(np.float32)
+    values = np.concatenate([halves, np.nextafter(halves, np.float32(9)), np.nextafter(halves, np.float32(-9))])
+    codes, width = np.empty(len(values), np.int64), planes.width_of(grid.num_codes)
+    for error in (grid.step, grid.step / 2):
+        num_broken = quantise.quantise_wide(values, grid, error, codes)
+        broken = torch.zeros(len(values), dtype=torch.uint8, device=DEVICE)
+        numbers = gpu_codec.numbers_of(grid, error, DEVICE)
+        found = gpu_codec.packed(on_device(values), width, gpu_codec.kind_of(grid), numbers, broken)
+        assert int(broken.sum()) == num_broken
+        sound = ~broken.cpu().numpy().astype(bool)
+        ours = np.empty_like(codes)
+        planes.unpack(found.cpu().numpy(), 1 << width, ours)
+        assert sound.any()
+        assert (ours[sound] == codes[sound]).all()
+
+
+def test_where_each_row_breaks_the_bound_all_are_sent_as_they_are():
+    rows = np.random.default_rng(0).standard_normal((20, 3)).astype(np.float32)
+    rows[:, 1] = np.nan
+    compare(Codec(), rows, None, 0.1)
+    assert len(gpu_codec.encode(on_device(rows), None, 0.1)) < rows.nbytes + 10
 
 
 def test_empty():
