@@ -26,7 +26,6 @@ from puna.graph.layout import Layout
 from puna.graph.partitions import Table
 from puna.graph.questions import Questions, QuestionWorker, cut
 from puna.graph.ranking import Scorer, draw_all, rank
-from puna.graph.scores import padded
 from puna.graph.worker import Part, Rates, Relations, Worker
 from puna.train.config import ScheduleConfig, TrainConfig
 from puna.train.schedule import Schedule
@@ -241,18 +240,10 @@ class GraphTask(Task):
             found = [batch for pool in self._pools(edges).values() for batch in cut(pool, size, rng)]
             return [found[n] for n in rng.permutation(len(found))] if self.graph.is_typed else found
         if self.config.reciprocal and not self.graph.is_typed:
-            return [edges.take(slice(*span)) for span in self._spans(0, len(edges))]
+            return [edges.take(slice(start, start + size)) for start in range(0, len(edges), size)]
         starts = [0, *(np.flatnonzero(np.diff(self._groups(edges.relations))) + 1).tolist(), len(edges)]
-        pieces = [span for start, end in itertools.pairwise(starts) for span in self._spans(start, end)]
+        pieces = [(s, min(s + size, end)) for start, end in itertools.pairwise(starts) for s in range(start, end, size)]
         return [edges.take(slice(*pieces[n])) for n in rng.permutation(len(pieces))]
-
-    def _spans(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Batches of edges start .. end: of even sizes, and as many for each worker, so that none waits for another."""
-        count = -(-(end - start) // self.config.batch_edges)
-        if count > 1:
-            count = padded(count, self.num_workers)
-        size = min(self.config.batch_edges, padded(-(-(end - start) // count), self.config.group_edges))
-        return [(first, min(first + size, end)) for first in range(start, end, size)]
 
     def _train(self, unit: Unit, edges: Edges, head_parts: Sequence[Part], tail_parts: Sequence[Part]) -> float:
         """All batches of a unit by all workers; the loss sum, not finite where a gradient was not. Parts by type."""
