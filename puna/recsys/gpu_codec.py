@@ -223,13 +223,13 @@ def decode_many(data: Sequence[Tensor], ids: Sequence[Tensor | None]) -> list[Te
 def _decoded(data: Tensor, ids: Tensor | None, start: Any, beyond: Tensor) -> Tensor:
     host = np.zeros(len(data), np.uint8)  # of the stream's length, by which its head is judged
     host[:_HEAD_BYTES] = start[: len(data)]
-    head, at = stream.read(memoryview(host))
+    head, at = stream.read(host.data)
     if head.method not in (stream.RAW, stream.FIXED):
         name = stream.METHODS[head.method]
         raise DataError(
             f"the codec stream is of method {name}", "The device reads fixed and raw; decode it on the host."
         )
-    reader = Reader(memoryview(host)[: len(host) - head.padding], at)
+    reader = Reader(host.data[: len(host) - head.padding], at)
     inverse = _inverse(head, reader, data, ids, beyond)
     rows = _rows(head, data[reader.at : len(data) - head.padding], beyond)
     return rows if inverse is None else rows[inverse]
@@ -283,7 +283,7 @@ def _exceptions(head: Head, data: Tensor) -> tuple[Tensor | None, Tensor, Tensor
     """Which rows were sent as they are, their values, and the data that follow."""
     if not head.num_exceptions:
         return None, data[:0], data
-    reader = Reader(memoryview(data[: 5 * head.num_exceptions].cpu().numpy()))
+    reader = Reader(data[: 5 * head.num_exceptions].cpu().numpy().data)
     rows = np.cumsum([reader.varint() + 1 for _ in range(head.num_exceptions)]) - 1
     end = reader.at + 4 * head.num_exceptions * head.width
     if rows[-1] >= head.num_distinct or end > len(data):
