@@ -108,6 +108,7 @@ class Stopping(Assembled):
         return super().step(unit)
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_the_middle_of_a_round_goes_on_from_its_checkpoint(graph, single, tmp_path):
     """With another number of trainers; buckets that were done before the checkpoint are not trained again."""
     with pytest.raises(Killed):
@@ -127,6 +128,7 @@ def test_a_run_killed_in_the_middle_of_a_round_goes_on_from_its_checkpoint(graph
     require_as_good(task, single)
 
 
+@pytest.mark.slow
 def test_a_loss_that_blows_up_ends_the_run(graph, tmp_path):
     with pytest.raises(NonFinite, match=r"bucket \(\d, \d\)\): the loss is not finite; lower graph.lr"):
         together(graph, tmp_path, deaths=(0,), epochs=2, lr=1e30)

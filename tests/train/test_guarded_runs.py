@@ -287,7 +287,7 @@ def test_a_kill_inside_a_return_leads_to_the_same_end(
 
 @pytest.mark.parametrize(
     ("kind", "size"),
-    [("wild", 2), ("stall", 2), pytest.param("wild", 4, marks=SLOW), pytest.param("stall", 4, marks=SLOW)],
+    [("stall", 2), *(pytest.param(kind, size, marks=SLOW) for kind, size in (("wild", 2), ("wild", 4), ("stall", 4)))],
 )
 def test_several_processes_do_the_same(
     kind: str, size: int, undisturbed: Callable[[str], tuple[Path, Guarded]], tmp_path: Path

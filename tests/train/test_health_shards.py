@@ -99,7 +99,7 @@ def of_kind(result: dict[str, Any], *kinds: str) -> list[dict[str, Any]]:
     [
         ("pair", "fully"),
         ("pair", "columns"),
-        ("ranks", "fully"),
+        pytest.param("ranks", "fully", marks=SLOW),
         pytest.param("ranks", "hybrid", marks=SLOW),
         pytest.param("ranks", "columns", marks=SLOW),
     ],
@@ -129,7 +129,7 @@ def test_sharded_statistics_and_verdicts_are_those_of_one_process(
 
 
 @pytest.mark.parametrize(
-    ("group", "how"), [("pair", "fully"), ("ranks", "fully"), pytest.param("ranks", "hybrid", marks=SLOW)]
+    ("group", "how"), [("pair", "fully"), *(pytest.param("ranks", how, marks=SLOW) for how in ("fully", "hybrid"))]
 )
 def test_sharded_actions_are_those_of_one_process(group: str, how: str, request: pytest.FixtureRequest) -> None:
     ranks = request.getfixturevalue(group)
