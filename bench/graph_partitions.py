@@ -21,6 +21,7 @@ from typing import Any
 
 import machine
 import numpy as np
+import social
 
 from puna import recipe, run
 from puna.graph.graph import Graph
@@ -29,19 +30,7 @@ from puna.graph.trained import evaluate, load
 from puna.train.metrics import last_steps, read_events
 
 HELD_OUT, CANDIDATES, SEED = 10_000, 10_000, 0
-SETTINGS = {
-    "graph.dim": 100,
-    "graph.operator": "none",
-    "graph.comparator": "dot",
-    "graph.loss": "softmax",
-    "graph.init_scale": 0.1,
-    "graph.batch_edges": 1000,
-    "graph.num_batch_negs": 50,
-    "graph.num_uniform_negs": 50,
-    "graph.lr": 0.1,
-    "graph.held_partitions": 4,
-    "graph.bucket_order": "buffered",
-}
+SETTINGS = social.SETTINGS | {"graph.held_partitions": 4, "graph.bucket_order": "buffered"}
 
 
 def split(data: Path, out: Path) -> Graph:

@@ -23,24 +23,14 @@ from typing import Any
 
 import machine
 import rmat
+import social
 
 from puna.graph.config import num_bytes
 from puna.train.metrics import last_steps, read_events
 
-DIM = 100
+DIM = social.SETTINGS["graph.dim"]
 STOPPED = 4  # exit code of a run with work left
-SETTINGS = {
-    "graph.dim": DIM,
-    "graph.operator": "none",
-    "graph.comparator": "dot",
-    "graph.loss": "softmax",
-    "graph.init_scale": 0.1,
-    "graph.batch_edges": 1000,
-    "graph.num_batch_negs": 50,
-    "graph.num_uniform_negs": 50,
-    "graph.epochs": 1,
-    "graph.lr": 0.1,
-}
+SETTINGS = social.SETTINGS | {"graph.epochs": 1}
 
 
 class Group:

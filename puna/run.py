@@ -144,8 +144,7 @@ def num_trainers(recipe: Recipe, run: Path) -> int:
 
 def over_trainers(loaded: Loaded, trainers: int) -> Loaded:
     """The recipe with two partitions a trainer, where it has one. Raises RecipeError where it has too few."""
-    recipe = loaded.recipe
-    parts, least = recipe.graph.num_partitions, 2 * trainers
+    parts, least = loaded.recipe.graph.num_partitions, 2 * trainers
     if trainers == 1 or parts >= least:
         return loaded
     if parts > 1:
@@ -154,8 +153,7 @@ def over_trainers(loaded: Loaded, trainers: int) -> Loaded:
             f"Set graph.num_partitions to {least} or more, or train by {parts // 2} (run.num_processes).",
         )
     err.print(f"{least} partitions for {trainers} trainers", markup=False, soft_wrap=True)
-    recipe = recipe.model_copy(update={"graph": recipe.graph.model_copy(update={"num_partitions": least})})
-    return Loaded(recipe, loaded.origins | {"graph.num_partitions": "run.num_processes"}, recipes.dump_toml(recipe))
+    return recipes.laid_over(loaded, {"graph.num_partitions": least}, "run.num_processes")
 
 
 def refuse_whole_types(recipe: Recipe, graph: Any) -> None:
@@ -294,9 +292,8 @@ def within_memory(loaded: Loaded, graph: Any) -> Loaded:
     job = sizes, num_workers(recipe.run.num_threads), recipe.eval.tokens > 0
     found = budget.fitted(recipe.graph, *job)
     err.print(budget.sentence(budget.plan(found, *job), found.memory), markup=False, soft_wrap=True)
-    derived = {f"graph.{key}": "memory" for key in budget.DERIVED}
-    recipe = recipe.model_copy(update={"graph": found})
-    return Loaded(recipe, loaded.origins | derived, recipes.dump_toml(recipe))
+    derived = found.model_dump(include=set(budget.DERIVED))
+    return recipes.laid_over(loaded, {f"graph.{key}": value for key, value in derived.items()}, "memory")
 
 
 def graph_run(run: Path) -> Recipe:

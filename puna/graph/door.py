@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from puna.graph.links import COUNTER, Link, Lost, Meeting
 from puna.graph.parameters import ParameterServer
 from puna.graph.worker import Part
@@ -145,8 +143,3 @@ def wait_for(events: "queue.Queue[Event]", seconds: float) -> Event | None:
         except queue.Empty:
             continue
     return None
-
-
-def rows_of(num_rows: int, dim: int) -> Part:
-    """Memory for a partition."""
-    return Part(np.empty((num_rows, dim), np.float32), np.empty(num_rows, np.float32))

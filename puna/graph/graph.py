@@ -100,10 +100,7 @@ class Graph:
     def open(cls, folder: Path | str) -> "Graph":
         """Raises DataError where the folder holds no graph, one of a newer format, or a file of another size."""
         folder = Path(folder)
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise DataError(f"{folder} holds no graph: there is no {path}", HOW)
-        graph = read_manifest(path, FORMAT_VERSION, lambda raw: cls._of(folder, raw), "Import the graph again.")
+        graph = read_manifest(folder / MANIFEST, "graph", HOW, FORMAT_VERSION, lambda raw: cls._of(folder, raw))
         check_sizes(folder, graph.files)
         return graph
 

@@ -171,7 +171,7 @@ class Table:
         if name_of(partition) in self.vectors:
             return self.vectors.read(name_of(partition), mapped=True)[rows]
         places = range(self.rows(partition))[rows]
-        part = Part(np.empty((len(places), self.config.dim), np.float32), np.empty(len(places), np.float32))
+        part = self._room(len(places))
         self._first(partition, part, places.start)
         return part.vectors
 
@@ -246,7 +246,7 @@ class Table:
         self.sums.put(name_of(partition), part.sums)
 
     def _room(self, rows: int) -> Part:
-        return Part(np.empty((rows, self.config.dim), np.float32), np.empty(rows, np.float32))
+        return Part.room(rows, self.config.dim)
 
     def _first(self, partition: int, part: Part, start: int) -> None:
         """Fill rows of a partition, from `start` on, that nobody has trained."""

@@ -14,12 +14,13 @@ from typing import Any
 from puna.console import err
 from puna.errors import RankFailed
 from puna.graph.buckets import Bucket
-from puna.graph.door import END, Answer, Door, Event, Guest, rows_of, wait_for
+from puna.graph.door import END, Answer, Door, Event, Guest, wait_for
 from puna.graph.links import Meeting
 from puna.graph.locks import Locks
 from puna.graph.parameters import LEASE_SECONDS, ParameterServer
 from puna.graph.partitions import name_of
 from puna.graph.task import GraphTask, Unit, require_finite
+from puna.graph.worker import Part
 from puna.train.task import Cursor, Json, State, StepReport, Tensors
 
 LONELY_SECONDS = 600.0  # without any trainer, after which the run ends
@@ -47,7 +48,7 @@ class GraphServer(GraphTask):
     def serving(self) -> Iterator[None]:
         """Inside, trainers are let in; in the end they are told that the run is over."""
         keeps = self._meeting.keep()
-        self._door = Door(self._meeting, self._facts, self._room, ParameterServer(self._shared(), self.lease_s))
+        self._door = Door(self._meeting, self._facts, self._room, ParameterServer(shared_arrays(self), self.lease_s))
         try:
             yield
         finally:
@@ -193,11 +194,8 @@ class GraphServer(GraphTask):
         start, end = self._share(bucket, self._round.chunk)
         return end - start
 
-    def _shared(self) -> list[Any]:
-        return shared_arrays(self)
-
-    def _room(self, partition: int) -> Any:
-        return rows_of(self.table.rows(partition), self.config.dim)
+    def _room(self, partition: int) -> Part:
+        return Part.room(self.table.rows(partition), self.config.dim)
 
     def _tell(self, kind: str, guest: Guest, words: str, **more: Any) -> None:
         err.print(words, markup=False, soft_wrap=True)

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import Any
 
 from puna.errors import RankFailed, RanksDiffer
-from puna.graph.door import rows_of
 from puna.graph.links import COUNTER, JOIN_SECONDS, Link, Lost, Meeting
 from puna.graph.parameters import SharedParameters
 from puna.graph.serving import shared_arrays
@@ -91,7 +90,7 @@ class Trainer(GraphTask):
         rows = self.table.rows(partition)
         fitting = next((part for part in spare if len(part.vectors) == rows), None)
         if fitting is None:
-            return rows_of(rows, self.config.dim)
+            return Part.room(rows, self.config.dim)
         spare[:] = [part for part in spare if part is not fitting]
         return fitting
 

@@ -32,6 +32,11 @@ class Part:
     sums: Floats
     bags: Bags | None = None
 
+    @classmethod
+    def room(cls, rows: int, dim: int) -> "Part":
+        """Memory for one."""
+        return cls(np.empty((rows, dim), np.float32), np.empty(rows, np.float32))
+
     @property
     def num_nodes(self) -> int:
         """Nodes to draw from."""

@@ -94,7 +94,7 @@ class Pretrain(GradientTask):
         batch = batch.to(self.place.device)
         return self.model(batch.tokens, batch.targets, mask=batch.mask)
 
-    def companions(self, unit: GradientUnit) -> dict[str, float]:
+    def companions(self, unit: GradientUnit) -> dict[str, Tensor]:
         """Largest attention logit and log Z of the first tokens of the step."""
         tokens = unit.batches[0].tokens[:1, :LOOK_TOKENS].to(self.place.device)
         with torch.compiler.set_stance("force_eager") if self.train.compile else nullcontext():

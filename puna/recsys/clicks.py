@@ -52,10 +52,7 @@ class Clicks:
     def open(cls, folder: Path | str) -> "Clicks":
         """Raises DataError where the folder holds no clicks, ones of a newer format, or a file of another size."""
         folder = Path(folder)
-        path = folder / MANIFEST
-        if not path.is_file():
-            raise DataError(f"{folder} holds no clicks: there is no {path}", HOW)
-        return read_manifest(path, FORMAT_VERSION, lambda raw: cls._of(folder, raw), "Import the clicks again.")
+        return read_manifest(folder / MANIFEST, "clicks", HOW, FORMAT_VERSION, lambda raw: cls._of(folder, raw))
 
     @classmethod
     def _of(cls, folder: Path, raw: dict[str, Any]) -> "Clicks":

@@ -70,16 +70,24 @@ def _lines(path: Path) -> Iterator[Block]:
 
 
 @exact_kernel
+def _place(wanted: Any, keys: Any, ids: Any) -> Any:
+    """Where a value is in an open table, or the free place where it would be."""
+    mask = np.uint64(ids.shape[0] - 1)
+    place = wanted[0] & mask
+    while ids[place] and (keys[place, 0] != wanted[0] or keys[place, 1] != wanted[1]):
+        place = (place + np.uint64(1)) & mask
+    return place
+
+
+@exact_kernel
 def _number(hashed: Any, bounds: Any, keys: Any, ids: Any, count: int, out: Any, fresh: Any) -> int:
     """Look values up in an open table; those that are not there get the next ids. How many there are now."""
-    mask, known = np.uint64(ids.shape[0] - 1), count
+    known = count
     for i in range(hashed.shape[0]):
         if bounds[i, 0] == bounds[i, 1]:
             out[i] = 0
             continue
-        place = hashed[i, 0] & mask
-        while ids[place] and (keys[place, 0] != hashed[i, 0] or keys[place, 1] != hashed[i, 1]):
-            place = (place + np.uint64(1)) & mask
+        place = _place(hashed[i], keys, ids)
         if ids[place] == 0:
             keys[place, 0] = hashed[i, 0]
             keys[place, 1] = hashed[i, 1]
@@ -92,14 +100,11 @@ def _number(hashed: Any, bounds: Any, keys: Any, ids: Any, count: int, out: Any,
 
 @exact_kernel
 def _find(hashed: Any, bounds: Any, keys: Any, ids: Any, out: Any) -> None:
-    mask = np.uint64(ids.shape[0] - 1)
     for i in range(hashed.shape[0]):
         if bounds[i, 0] == bounds[i, 1]:
             out[i] = 0
             continue
-        place = hashed[i, 0] & mask
-        while ids[place] and (keys[place, 0] != hashed[i, 0] or keys[place, 1] != hashed[i, 1]):
-            place = (place + np.uint64(1)) & mask
+        place = _place(hashed[i], keys, ids)
         out[i] = ids[place] if ids[place] else -1
 
 

@@ -10,11 +10,13 @@ from puna.errors import DataError
 T = TypeVar("T")
 
 
-def read_manifest(path: Path, version: int, of: Callable[[dict[str, Any]], T], again: str) -> T:
-    """What `of` makes of a manifest. again: how the user makes the folder anew.
+def read_manifest(path: Path, what: str, how: str, version: int, of: Callable[[dict[str, Any]], T]) -> T:
+    """What `of` makes of a manifest. what: the folder holds. how: it is made, for the user who has none.
 
-    Raises DataError where it is no JSON, lacks a key, or has a newer format than `version`.
+    Raises DataError where it is not there, is no JSON, lacks a key, or has a newer format than `version`.
     """
+    if not path.is_file():
+        raise DataError(f"{path.parent} holds no {what}: there is no {path}", how)
     try:
         raw = json.loads(path.read_bytes())
         found = raw["format_version"]
@@ -22,7 +24,7 @@ def read_manifest(path: Path, version: int, of: Callable[[dict[str, Any]], T], a
             raise DataError(f"{path} has format {found}; this Puna reads {version}", "Use a newer Puna.")
         return of(raw)
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error})", again) from None
+        raise DataError(f"{path} is damaged ({error})", f"Import the {what} again.") from None
 
 
 def check_sizes(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from puna.train import mesh
 from puna.train.health import HealthMonitor
+from puna.train.phase import during
 
 NUM_TOKENS = 256  # of a forward that are looked at
 NORMED, PROJECTED = ("q_norm", "k_norm"), ("q_proj", "k_proj")
@@ -56,11 +58,11 @@ class LogitWatch:
         self.monitor.companion("max_logit", self._largest)
 
 
-def measured(model: nn.Module, head_dim: int, tokens: Tensor) -> dict[str, float]:
-    """ "max_logit" and "z" of a forward of its own, model(tokens) -> logits (..., vocabulary), without a graph.
+def measured(model: nn.Module, head_dim: int, tokens: Tensor) -> dict[str, Tensor]:
+    """The figures "max_logit" and "z" of a forward of its own, model(tokens) -> logits (..., vocabulary), no graph.
 
-    Over the ranks, which all call it, the largest and the mean. What is compiled must not run as such: hooks are new to
-    it (`torch.compiler.set_stance("force_eager")`).
+    Over the ranks, which all call it, the largest and the mean; scalars on the device, which is not waited for. What is
+    compiled must not run as such: hooks are new to it (`torch.compiler.set_stance("force_eager")`).
     """
     found: list[Tensor] = []
     handles = watch_pairs(model, head_dim, found.append)
@@ -70,9 +72,12 @@ def measured(model: nn.Module, head_dim: int, tokens: Tensor) -> dict[str, float
     finally:
         for handle in handles:
             handle.remove()
-    (largest,) = mesh.agree([max(map(float, found))], "max")
-    (total,) = mesh.agree([float(z)])
-    return {"max_logit": largest, "z": total / mesh.world_size()}
+    largest = torch.stack(found).max()
+    if dist.is_initialized():
+        with during("collective"):
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            dist.all_reduce(z)
+    return {"max_logit": largest, "z": z / mesh.world_size()}
 
 
 def watch_pairs(

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from puna.train.actions import Limits, Recovery, Verdict
@@ -48,7 +48,7 @@ class Oversight:
         """Whether attention logits and log Z are looked at before this step."""
         return bool(self._logits_every) and step % self._logits_every == 0
 
-    def beside(self, companions: Mapping[str, float]) -> None:
+    def beside(self, companions: Mapping[str, Tensor]) -> None:
         """Figures of this step beside Adam's."""
         for name, value in companions.items():
             self.monitor.companion(name, value)

@@ -241,7 +241,7 @@ class GradientTask(Task):
         self._average_plain_gradients()
         return losses
 
-    def companions(self, unit: GradientUnit) -> dict[str, float]:
+    def companions(self, unit: GradientUnit) -> dict[str, Tensor]:
         """Figures beside Adam's that the health monitor knows ("max_logit", "z"), the same on every rank; before the
         forward of a step, now and then."""
         return {}

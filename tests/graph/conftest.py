@@ -1,8 +1,11 @@
-"""A small graph with two planted communities, imported."""
+"""A small graph with two planted communities, imported; `puna` as typed."""
+
+import sys
 
 import numpy as np
 import pytest
 
+from puna import cli
 from puna.graph.graph import Graph
 from puna.graph.importing import import_graph
 
@@ -24,3 +27,20 @@ def planted(tmp_path_factory) -> Graph:
         (folder / f"{name}.tsv").write_text("".join(part))
     import_graph({name: folder / f"{name}.tsv" for name in ("train", "valid", "test")}, folder / "graph")
     return Graph.open(folder / "graph")
+
+
+@pytest.fixture
+def puna(monkeypatch, capsys, tmp_path):
+    """Runs a command in `tmp_path`, in this process: exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["puna", *map(str, words)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as left:
+            status = left.code or 0
+        return status, *capsys.readouterr()
+
+    return run

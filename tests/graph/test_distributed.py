@@ -60,7 +60,11 @@ def learnt(task):
 
 
 def require_as_good(task, single):
-    assert mrr(task) >= mrr(single) - MARGIN
+    assert abs(mrr(task) - mrr(single)) <= MARGIN
+    require_learnt(task, single)
+
+
+def require_learnt(task, single):
     nodes, relations = (ours / theirs for ours, theirs in zip(learnt(task), learnt(single), strict=True))
     assert nodes > 0.85
     assert relations > 0.6
@@ -324,14 +328,16 @@ def test_a_link_breaks_when_its_other_end_does(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_four_trainers_reach_what_one_process_does(tmp_path, seed):
-    """On larger communities, so that a bucket of eight partitions has more than four batches."""
-    graph = communities(tmp_path, 10)
-    wanted = alone(graph, tmp_path / "alone", seed, epochs=EPOCHS, num_partitions=8)
-    task, codes = together(graph, tmp_path / "four", (0, 0, 0, 0), seed, epochs=EPOCHS, num_partitions=8)
-    assert codes == [0] * 4
-    require_as_good(task, wanted)
+def test_four_trainers_reach_what_one_process_does(tmp_path):
+    """The mean of three seeds. On larger communities: a bucket of eight partitions has more than four batches."""
+    graph, found = communities(tmp_path, 10), []
+    for seed in range(3):
+        wanted = alone(graph, tmp_path / f"alone-{seed}", seed, epochs=EPOCHS, num_partitions=8)
+        task, codes = together(graph, tmp_path / f"four-{seed}", (0,) * 4, seed, epochs=EPOCHS, num_partitions=8)
+        assert codes == [0] * 4
+        require_learnt(task, wanted)
+        found.append(mrr(task) - mrr(wanted))
+    assert abs(np.mean(found)) <= MARGIN
 
 
 @pytest.mark.slow

@@ -2,13 +2,12 @@
 
 import json
 import shutil
-import sys
 import threading
 
 import numpy as np
 import pytest
 
-from puna import cli, recipe, run
+from puna import recipe, run
 from puna.errors import CheckpointError, DiskFull, RecipeError
 from puna.graph import budget
 from puna.graph.budget import HELD, Sizes, fitted
@@ -227,19 +226,6 @@ def test_buckets_and_partitions_without_edges_are_passed_over(tmp_path):
 
 
 # --- as typed -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def puna(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["puna", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code, *capsys.readouterr()
-
-    return call
 
 
 FLAGS = [

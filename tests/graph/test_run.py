@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from puna import cli
 from puna.errors import CheckpointError, DataError, DiskFull, NonFinite, Unfinished
 from puna.graph import budget
 from puna.graph.config import GraphConfig
@@ -237,19 +236,6 @@ def test_patience_ends_a_run_that_no_longer_gets_better(planted, tmp_path):
 
 
 # --- as typed -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def puna(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["puna", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code, *capsys.readouterr()
-
-    return run
 
 
 FLAGS = [

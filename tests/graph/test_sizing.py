@@ -1,11 +1,10 @@
 """`--size auto`: settings from a graph's numbers of nodes and edges, beside what flags say."""
 
 import json
-import sys
 
 import pytest
 
-from puna import cli, recipe
+from puna import recipe
 from puna.check import with_sizes
 from puna.errors import RecipeError
 from puna.graph.budget import Sizes
@@ -68,20 +67,8 @@ def _of(graph):
     return ["--data.path", str(graph.folder), "--graph.size", "auto", "--graph.batch_edges", "100"]
 
 
-def test_as_typed_and_typed_again(planted, tmp_path, monkeypatch, capsys):
+def test_as_typed_and_typed_again(planted, tmp_path, puna):
     """The run keeps what was chosen; the same words go on with it, other words are refused."""
-    monkeypatch.chdir(tmp_path)
-
-    def puna(*words):
-        monkeypatch.setattr(sys, "argv", ["puna", *words])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as left:
-            status = left.code or 0
-        told = capsys.readouterr()
-        return status, told.out, told.err
-
     words = ["graph-small", "--data.path", str(planted.folder), "--run.dir", "r", *FAST, "--size", "auto"]
     assert json.loads(puna("check", *words, "--json")[1])["num_partitions"] == 1
     assert json.loads(puna("plan", "graph", *words, "--json")[1])["num_nodes"] == 60

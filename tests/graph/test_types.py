@@ -1,12 +1,11 @@
 """Nodes of several types: names, negatives, partitions and candidates of each; some types are not cut."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from puna import cli, recipe, run
+from puna import recipe, run
 from puna.errors import DataError, RecipeError
 from puna.graph import budget, ranking
 from puna.graph.buckets import Buckets
@@ -295,23 +294,6 @@ def test_memory_counts_types(shop):
     assert budget.memory(config, sizes, 1, False).partitions == (2 * 24 + 4) * (4 * 8 + 4)
     plain = GraphConfig(**(SMALL | {"num_partitions": 3}))
     assert budget.memory(plain, sizes, 1, False).partitions == 2 * 26 * (4 * 8 + 4)
-
-
-@pytest.fixture
-def puna(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["puna", *map(str, words)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as left:
-            status = left.code or 0
-        told = capsys.readouterr()
-        return status, told.out, told.err
-
-    return call
 
 
 def test_several_processes_refuse_a_type_that_is_not_cut(shop, puna):
