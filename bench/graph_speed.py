@@ -26,10 +26,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +42,7 @@ from puna.graph.ranking import Scorer, rank
 from puna.graph.tables import fill_normal
 from puna.graph.task import fresh_relations
 from puna.graph.worker import Part, Rates, Relations, Worker
+from puna.graph.workers import NUM_ALONE, Workers
 
 NUM_NODES, NUM_RELATIONS, NUM_EDGES = 14_951, 1_345, 483_142
 COMPLEX: dict[str, Any] = {
@@ -111,7 +110,7 @@ class Ours:
         fill_normal(np.uint64(seed + 1), self.config.init_scale, 0, 1, vectors)
         self.part = Part(vectors, np.zeros(sizes[0], np.float32))
         self.relations = fresh_relations(self.config, sizes[1])
-        self.workers = [Worker(self.config, sizes[1], sizes[0]) for _ in range(num_workers)]
+        self.workers = Workers([Worker(self.config, sizes[1], sizes[0]) for _ in range(num_workers)])
         self.num_passes = 0
 
     def run(self) -> tuple[float, float]:
@@ -120,23 +119,17 @@ class Ours:
         self.num_passes += 1
         order = np.random.default_rng((self.seed, self.num_passes)).permutation(len(self.edges))
         edges, size = self.edges.take(order), self.config.batch_edges
-        starts, lock = iter(range(0, len(edges), size)), threading.Lock()
+        spent: list[float] = []
 
-        def work(worker: Worker) -> float:
-            torch.set_num_threads(1)
-            spent = time.thread_time()
-            while True:
-                with lock:
-                    start = next(starts, None)
-                if start is None:
-                    return time.thread_time() - spent
-                key = hash((self.seed, self.num_passes, start))
-                batch = edges.take(slice(start, start + size))
-                worker.train(batch, edges, key, self.part, self.part, self.relations, Rates(0.1, 0.1))
+        def train(worker: Worker, n: int) -> None:
+            before = time.thread_time()
+            batch = edges.take(slice(n * size, (n + 1) * size))
+            key = hash((self.seed, self.num_passes, n))
+            worker.train(batch, edges, key, self.part, self.part, self.relations, Rates(0.1, 0.1))
+            spent.append(time.thread_time() - before)
 
-        with ThreadPoolExecutor(len(self.workers)) as pool:
-            spent = sum(pool.map(work, self.workers))
-        return time.perf_counter() - began, spent
+        self.workers.share(-(-len(edges) // size), train, NUM_ALONE if self.num_passes == 1 else 0)
+        return time.perf_counter() - began, sum(spent)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ Bucket = tuple[int, int]
 Move = tuple[int, int | None]
 """The partition that enters memory, and the one that leaves for it, if any does."""
 
+NUM_AHEAD = 1_000_000
+"""Edges of a bucket, at most, that are made ready while the one before it trains."""
 NEW = "edges with a new node or relation"
 Known = tuple[Sequence[int], int]
 """Nodes of each type, and relations, that are known."""

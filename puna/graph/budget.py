@@ -4,7 +4,8 @@
     workers      for each: 8 D x slots (12 D where one operator serves both sides: its drawn tails are turned) +
                  16 D x batch + 24 x slots + 4 x rows + the gradients of a batch's relations + BLOCK_BYTES;
                  by question: see `puna.graph.questions.worker_bytes`
-    edges        24 (28 with weights) x edges of the largest bucket
+    edges        24 (28 with weights) x edges of the largest bucket, and 12 (16) more for each edge of the next one,
+                 which is made ready where it has no more than NUM_AHEAD
     relations    8 x parameters
     evaluation   of EVAL_QUERIES edges with EVAL_NODES nodes at a time
     process      the interpreter, torch, TensorBoard, Numba and compiled kernels
@@ -20,7 +21,7 @@ import numpy as np
 
 from puna.errors import RecipeError
 from puna.graph import operators
-from puna.graph.buckets import num_swaps_again, order_buckets
+from puna.graph.buckets import NUM_AHEAD, num_swaps_again, order_buckets
 from puna.graph.config import GraphConfig, num_bytes
 from puna.graph.graph import Graph, NodeType
 from puna.graph.layout import WHOLE, Layout
@@ -103,7 +104,7 @@ def memory(config: GraphConfig, sizes: Sizes, num_workers: int, evaluates: bool)
     return Memory(
         partitions=(min(config.held_partitions, parts) * rows + layout.rows(WHOLE)) * (4 * dim + 4),
         workers=num_workers * worker,
-        edges=(28 if sizes.weighted else 24) * largest,
+        edges=(28 if sizes.weighted else 24) * largest + (16 if sizes.weighted else 12) * min(largest, NUM_AHEAD),
         relations=8 * parameters * sizes.num_relations * (1 + config.reciprocal),
         evaluation=4 * EVAL_NODES * (EVAL_QUERIES + 2 * dim) if evaluates else 0,
         process=PROCESS_BYTES,

@@ -310,15 +310,19 @@ class Pairs:
         self.nowhere = np.full(size, -1, np.int64)
         has_true = bool(self.num_chunk) or config.all_negs
         self.by_products = has_true and comparator < L2 and not config.bias
-        groups, step = size // self.group, block_groups(config, self.num_far)
-        self.blocks = [
-            self._block(first, min(first + step, groups), anchors, anchor_grads, compared, room)
-            for first in range(0, groups, step)
-        ]
+        self.tensors, self.compared, self.room = (anchors, anchor_grads), compared, room
+        self.step = block_groups(config, self.num_far)
+        self.blocks: dict[int, list[_Block]] = {}
 
-    def _block(
-        self, first: int, last: int, anchors: Tensor, anchor_grads: Tensor, compared: Compared, room: Tensor
-    ) -> _Block:
+    def _cover(self, groups: int) -> list[_Block]:
+        """Blocks that hold so many groups."""
+        if groups not in self.blocks:
+            starts = range(0, groups, self.step)
+            self.blocks[groups] = [self._block(first, min(first + self.step, groups)) for first in starts]
+        return self.blocks[groups]
+
+    def _block(self, first: int, last: int) -> _Block:
+        (anchors, anchor_grads), compared, room = self.tensors, self.compared, self.room
         dim, count = anchors.shape[1], last - first
         rows, num_rows = slice(first * self.group, last * self.group), count * self.group
         chunks = (num_rows // self.chunk, self.chunk, dim)
@@ -353,13 +357,10 @@ class Pairs:
         if comparator >= L2 or bias:
             for vectors, facts in zip(self.vectors, self.facts, strict=True):
                 _facts(bias, vectors, facts)
-        total = 0.0
-        for block in self.blocks:
-            if block.sizes[2] < num_rows:
-                total += self._lose_block(block, weights, num_far, true)
-            else:
-                block.dnear.zero_()
-                block.dfar.zero_()
+        groups = -(-num_rows // self.group)
+        total = sum((self._lose_block(block, weights, num_far, true) for block in self._cover(groups)), 0.0)
+        self.compared.near_grads[groups * self.group :].zero_()
+        self.compared.far_grads[groups:].zero_()
         if comparator >= L2 or bias:
             _correct(comparator, bias, a, self.anchor_sums[:num_rows, 0], self.anchor_sums[:num_rows, 1], da)
             for n in (1, 2) if self.num_near else (2,):

@@ -3,10 +3,9 @@
 import itertools
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from puna.errors import NonFinite, RecipeError
 from puna.graph import budget, operators
-from puna.graph.buckets import Bucket, Buckets, order_buckets
+from puna.graph.buckets import NUM_AHEAD, Bucket, Buckets, order_buckets
 from puna.graph.config import GraphConfig, num_bytes
 from puna.graph.graph import Edges, Graph, Pair
 from puna.graph.growing import Start
@@ -26,7 +25,9 @@ from puna.graph.layout import Layout
 from puna.graph.partitions import Table
 from puna.graph.questions import Questions, QuestionWorker, cut
 from puna.graph.ranking import Scorer, draw_all, rank
+from puna.graph.scores import padded
 from puna.graph.worker import Part, Rates, Relations, Worker
+from puna.graph.workers import NUM_ALONE, Workers
 from puna.train.config import ScheduleConfig, TrainConfig
 from puna.train.schedule import Schedule
 from puna.train.task import Cursor, Json, Rows, State, StepReport, Task, Tensors
@@ -42,6 +43,14 @@ class Unit:
     bucket: Bucket
     place: int  # in its round, among the buckets that have edges
     tokens: int  # edges trained before it
+
+    @property
+    def share(self) -> "Share":
+        """What decides its edges."""
+        return self.epoch, self.chunk, self.bucket
+
+
+Share = tuple[int, int, Bucket]
 
 
 def key_of(*parts: Any) -> int:
@@ -87,7 +96,9 @@ class GraphTask(Task):
         if start:
             start.fill_relations(self.relations)
         self.best: dict[str, Any] = {"mrr": -1.0, "waited": 0}
-        self._workers: list[Any] = []  # Worker, or QuestionWorker where the settings allow it
+        self._workers: Workers[Any] | None = None  # of Worker, or QuestionWorker where the settings allow it
+        self._aside = ThreadPoolExecutor(1, "edges")
+        self._coming: dict[Share, Future[Edges]] = {}
         self._paths: dict[tuple[int, int], list[Bucket]] = {}
 
     def units(self, cursor: Cursor) -> Iterator[Unit]:
@@ -106,7 +117,7 @@ class GraphTask(Task):
         """Train on a bucket. Raises NonFinite; partitions on disk are then as the last checkpoint has them."""
         began, reads = time.perf_counter(), self.table.num_reads
         head_part, tail_part = self.table.take(self._ahead(unit), unit.place)
-        edges = self._edges(unit)
+        edges = self._taken(unit)
         read_s = time.perf_counter() - began
         head_parts = self.table.by_type(unit.bucket[0], head_part)
         tail_parts = head_parts if tail_part is head_part else self.table.by_type(unit.bucket[1], tail_part)
@@ -206,17 +217,35 @@ class GraphTask(Task):
         size = self.buckets.size(bucket)
         return chunk * size // self.config.num_chunks, (chunk + 1) * size // self.config.num_chunks
 
-    def _edges(self, unit: Unit) -> Edges:
-        """A unit's edges, shuffled; those that lead from one type to another stand together, and where a relation has
+    def _taken(self, unit: Unit) -> Edges:
+        """A unit's edges; those of the next one begin to be made ready, unless they are many."""
+        coming = self._coming.pop(unit.share, None)
+        edges = self._edges(unit.share) if coming is None else coming.result()
+        few = [share for share in self._next(unit) if self.buckets.size(share[-1]) <= NUM_AHEAD]
+        self._coming = {share: self._aside.submit(self._edges, share) for share in few}
+        return edges
+
+    def _next(self, unit: Unit) -> list["Share"]:
+        """What follows a unit, if anything does."""
+        after = unit.place + 1
+        own = self._path(unit.epoch, unit.chunk)
+        if after < len(own):
+            return [(unit.epoch, unit.chunk, own[after])]
+        epoch, chunk = divmod(unit.epoch * self.config.num_chunks + unit.chunk + 1, self.config.num_chunks)
+        return [] if epoch == self.config.epochs else [(epoch, chunk, first) for first in self._path(epoch, chunk)[:1]]
+
+    def _edges(self, share: "Share") -> Edges:
+        """Edges of a unit, shuffled; those that lead from one type to another stand together, and where a relation has
         one operator, those of a relation."""
-        rng = np.random.default_rng(key_of(self.seed, "edges", unit.epoch, unit.bucket))
-        order = np.arange(self.buckets.size(unit.bucket), dtype=np.int32)
+        epoch, chunk, bucket = share
+        rng = np.random.default_rng(key_of(self.seed, "edges", epoch, bucket))
+        order = np.arange(self.buckets.size(bucket), dtype=np.int32)
         rng.shuffle(order)
-        order = order[slice(*self._share(unit.bucket, unit.chunk))]
+        order = order[slice(*self._share(bucket, chunk))]
         if not self.config.reciprocal or self.graph.is_typed:
-            groups = self._groups(self.buckets.column(unit.bucket, "relations")[order])
+            groups = self._groups(self.buckets.column(bucket, "relations")[order])
             order = order[np.argsort(groups, kind="stable")]
-        return self.buckets.rows(unit.bucket, order)
+        return self.buckets.rows(bucket, order)
 
     def _groups(self, relations: npt.NDArray[np.int32]) -> npt.NDArray[Any]:
         """What the edges of a batch have in common: types, and the relation where that has one operator."""
@@ -240,39 +269,32 @@ class GraphTask(Task):
             found = [batch for pool in self._pools(edges).values() for batch in cut(pool, size, rng)]
             return [found[n] for n in rng.permutation(len(found))] if self.graph.is_typed else found
         if self.config.reciprocal and not self.graph.is_typed:
-            return [edges.take(slice(start, start + size)) for start in range(0, len(edges), size)]
+            num_batches = min(len(edges), padded(-(-len(edges) // size), self.num_workers))
+            bounds = [n * len(edges) // num_batches for n in range(num_batches + 1)]
+            return [edges.take(slice(*piece)) for piece in itertools.pairwise(bounds)]
         starts = [0, *(np.flatnonzero(np.diff(self._groups(edges.relations))) + 1).tolist(), len(edges)]
         pieces = [(s, min(s + size, end)) for start, end in itertools.pairwise(starts) for s in range(start, end, size)]
         return [edges.take(slice(*pieces[n])) for n in rng.permutation(len(pieces))]
 
     def _train(self, unit: Unit, edges: Edges, head_parts: Sequence[Part], tail_parts: Sequence[Part]) -> float:
         """All batches of a unit by all workers; the loss sum, not finite where a gradient was not. Parts by type."""
-        if not self._workers:
+        if self._workers is None:
             rows = self.table.layout.most_rows
             kind = QuestionWorker if self.config.by_question else Worker
-            self._workers = [kind(self.config, self.graph.num_relations, rows) for _ in range(self.num_workers)]
-            self._pool = ThreadPoolExecutor(self.num_workers, "worker")
+            own = [kind(self.config, self.graph.num_relations, rows) for _ in range(self.num_workers)]
+            self._workers = Workers(own)
         batches, pools = self._batches(unit, edges), self._pools(edges)
-        todo, lock = iter(range(len(batches))), threading.Lock()
         losses = [0.0] * len(batches)
 
-        def work(worker: Any) -> None:
-            torch.set_num_threads(1)
-            while True:
-                with lock:
-                    n = next(todo, None)
-                if n is None:
-                    return
-                rates = self._rates(unit.tokens + n * len(edges) // len(batches))
-                key, (head, tail) = key_of(self.seed, unit.index, n), self.graph.ends[batches[n].relations[0]].tolist()
-                parts = head_parts[head], tail_parts[tail]
-                loss, bad = worker.train(batches[n], pools[head, tail], key, *parts, self.relations, rates)
-                losses[n] = math.nan if bad else loss
+        def train(worker: Any, n: int) -> None:
+            rates = self._rates(unit.tokens + n * len(edges) // len(batches))
+            key, (head, tail) = key_of(self.seed, unit.index, n), self.graph.ends[batches[n].relations[0]].tolist()
+            parts = head_parts[head], tail_parts[tail]
+            loss, bad = worker.train(batches[n], pools[head, tail], key, *parts, self.relations, rates)
+            losses[n] = math.nan if bad else loss
 
-        if self.num_workers == 1:
-            work(self._workers[0])
-        else:
-            list(self._pool.map(work, self._workers))
+        met = [part for head, tail in pools for part in (head_parts[head], tail_parts[tail])]
+        self._workers.share(len(batches), train, 0 if all(part.sums.any() for part in met) else NUM_ALONE)
         return math.fsum(losses)
 
     def _rates(self, tokens: int) -> Rates:

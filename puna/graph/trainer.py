@@ -76,7 +76,7 @@ class Trainer(GraphTask):
                 swapped = {"swap_s": time.perf_counter() - began, "swaps": len(answer["fetched"])}
                 shared.exchange()
                 parts = [self.table.by_type(partition, held[partition]) for partition in unit.bucket]
-                loss = self._train(unit, self._edges(unit), *parts)
+                loss = self._train(unit, self._edges(unit.share), *parts)
                 shared.exchange()
                 words = {"bucket": unit.bucket, "tokens": unit.tokens, "loss": loss, "leaves": bool(wish), **swapped}
 

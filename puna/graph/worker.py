@@ -164,7 +164,7 @@ class Worker:
         for n, (side, part, own, others) in enumerate(ends):
             side.rows[: len(own)] = own
             side.rows[len(own) :] = -1
-            self.num_far.append(self._draw(side, part.num_nodes, others, _key(key, n)))
+            self.num_far.append(self._draw(side, len(own), part.num_nodes, others, _key(key, n)))
         half = len(self.rows) // 2
         self._fetch(head_part, self.rows[:half], self.vectors[:half].numpy())
         self._fetch(tail_part, self.rows[half:], self.vectors[half:].numpy())
@@ -175,14 +175,16 @@ class Worker:
         else:
             gather_bags(part.vectors, part.bags.offsets, part.bags.features, rows, out)
 
-    def _draw(self, side: Side, num_rows: int, others: Any, key: Any) -> int:
-        """Draw a side's nodes; how many columns of a group hold one."""
+    def _draw(self, side: Side, num_edges: int, num_rows: int, others: Any, key: Any) -> int:
+        """Draw a side's nodes, for groups that have an edge; how many columns of a group hold one."""
         if self.config.all_negs:
             side.drawn_rows[:num_rows] = np.arange(num_rows, dtype=np.int32)
             side.drawn_rows[num_rows:] = -1
             return num_rows
         chunk = self.config.num_batch_negs if self.config.merges else 0
-        draw_groups(key, num_rows, side.rows, chunk, others, self.config.num_uniform_negs, side.draws)
+        draws = side.draws[: -(-num_edges // self.config.group_edges)]
+        draw_groups(key, num_rows, side.rows, chunk, others, self.config.num_uniform_negs, draws)
+        side.draws[len(draws) :] = -1
         return self.drawn
 
     def _guess_reciprocally(self, edges: Edges, weights: Floats, sides: Sequence[Relations]) -> float:

@@ -387,7 +387,9 @@ def seed_step(seed: int, unit_index: int, rank: int) -> None:
     """Seed torch, NumPy and random as a function of (seed, unit, rank), so that no generator's state needs saving."""
     digest = blake2b(f"{seed}/{unit_index}/{rank}".encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1
-    torch.manual_seed(number)
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(number)
     np.random.seed(number & 0xFFFFFFFF)
     random.seed(number)
 

@@ -257,7 +257,7 @@ def test_what_is_masked_has_no_slope_at_all(loss):
     config = config_of(loss=loss, dim=2, operator="none", batch_edges=6, num_batch_negs=6)
     part, sides, edges, worker = make(config, 4)
     worker.differentiate(edges, edges, 1, part, part, sides)
-    slopes = worker.pairs[1].blocks[0].far_rows[:, :6]
+    slopes = worker.pairs[1].blocks[1][0].far_rows[:, :6]
     assert (slopes[:4, 4:] == 0).all()
     assert (slopes[4:] == 0).all()
     np.testing.assert_array_equal(slopes[:4].diagonal(), worker.pairs[1].slopes[:4])

@@ -120,7 +120,7 @@ def test_units_are_a_function_of_the_cursor_and_hold_every_edge_once(planted, tm
         own = [unit for unit in units if unit.epoch == epoch]
         got = []
         for unit in own:
-            edges, (i, j) = task._edges(unit), unit.bucket
+            edges, (i, j) = task._edges(unit.share), unit.bucket
             got += zip(
                 (edges.heads * 3 + i).tolist(), edges.relations.tolist(), (edges.tails * 3 + j).tolist(), strict=True
             )
@@ -128,13 +128,13 @@ def test_units_are_a_function_of_the_cursor_and_hold_every_edge_once(planted, tm
         assert sorted(got) == sorted(
             zip(*(c.tolist() for c in (edges.heads, edges.relations, edges.tails)), strict=True)
         )
-    assert units[-1].tokens + len(task._edges(units[-1])) == task.total == 2400
+    assert units[-1].tokens + len(task._edges(units[-1].share)) == task.total == 2400
 
 
 def test_batches_of_one_operator_hold_one_relation(planted, tmp_path):
     task = task_of(planted, tmp_path, reciprocal=False)
     unit = next(task.units(Cursor()))
-    batches = task._batches(unit, task._edges(unit))
+    batches = task._batches(unit, task._edges(unit.share))
     assert all(len(set(batch.relations.tolist())) == 1 and len(batch) <= 40 for batch in batches)
     assert sum(map(len, batches)) == 1200
 
@@ -202,7 +202,7 @@ def test_the_memory_formula_counts_what_a_run_allocates(planted, tmp_path, recip
     task = task_of(planted, tmp_path, epochs=1, **values)
     task.step(next(task.units(Cursor())))
     task.table.flush()
-    worker = task._workers[0]
+    worker = task._workers.own[0]
     arrays = [worker.rows, worker.lengths, worker.first, worker.following, worker.unique, worker.relation_grads]
     tensors = [worker.vectors, worker.grads, worker.anchors, worker.anchor_grads]
     tensors += [worker.turned.far, worker.turned.far_grads, worker.turned.near, worker.turned.near_grads]
@@ -211,7 +211,7 @@ def test_the_memory_formula_counts_what_a_run_allocates(planted, tmp_path, recip
     slack = 16 * 8 * 40  # the formula takes vectors that are turned for all slots of a side
     assert own <= told.workers - (1 << 20) <= own + slack
     assert told.partitions == sum(x.nbytes for p in task.table._rooms.values() for x in (p.vectors, p.sums))
-    assert told.edges == 24 * 50
+    assert told.edges == 36 * 50
     assert told.relations == sum(x.nbytes for side in task.relations for x in (side.table, side.sums))
     assert task.describe()["memory"]["total"] == task.plan["memory"]["total"]
 

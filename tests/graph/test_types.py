@@ -144,7 +144,7 @@ def test_a_number_that_is_none_of_its_type_is_told_by_file_and_row(shop, tmp_pat
     tails.tofile(copy / "train.tails")
     task = task_of(Graph.open(copy), tmp_path / "run")
     with pytest.raises(DataError, match=rf"train.tails, row {row + 1}: tails has the number 5, .* 4 nodes of the type"):
-        task._edges(next(task.units(Cursor())))
+        task._edges(next(task.units(Cursor())).share)
     with pytest.raises(DataError, match=rf"train.tails, row {row + 1}:"):
         task_of(Graph.open(copy), tmp_path / "run", num_partitions=2)
 
