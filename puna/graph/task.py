@@ -269,12 +269,19 @@ class GraphTask(Task):
             found = [batch for pool in self._pools(edges).values() for batch in cut(pool, size, rng)]
             return [found[n] for n in rng.permutation(len(found))] if self.graph.is_typed else found
         if self.config.reciprocal and not self.graph.is_typed:
-            num_batches = min(len(edges), padded(-(-len(edges) // size), self.num_workers))
-            bounds = [n * len(edges) // num_batches for n in range(num_batches + 1)]
-            return [edges.take(slice(*piece)) for piece in itertools.pairwise(bounds)]
+            return [edges.take(slice(*piece)) for piece in self._even(len(edges))]
         starts = [0, *(np.flatnonzero(np.diff(self._groups(edges.relations))) + 1).tolist(), len(edges)]
         pieces = [(s, min(s + size, end)) for start, end in itertools.pairwise(starts) for s in range(start, end, size)]
         return [edges.take(slice(*pieces[n])) for n in rng.permutation(len(pieces))]
+
+    def _even(self, num_edges: int) -> Iterator[tuple[int, int]]:
+        """Where batches begin and end: of whole chunks, about as many for each worker."""
+        size = self.config.batch_edges
+        chunk = min(size, self.config.num_batch_negs or 1)
+        num_chunks = -(-num_edges // chunk)
+        num_batches = min(num_chunks, padded(-(-num_chunks // (size // chunk)), self.num_workers))
+        bounds = (min(num_edges, n * num_chunks // num_batches * chunk) for n in range(num_batches + 1))
+        return itertools.pairwise(bounds)
 
     def _train(self, unit: Unit, edges: Edges, head_parts: Sequence[Part], tail_parts: Sequence[Part]) -> float:
         """All batches of a unit by all workers; the loss sum, not finite where a gradient was not. Parts by type."""
