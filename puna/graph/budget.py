@@ -5,7 +5,7 @@
                  16 D x batch + 24 x slots + 4 x rows + the gradients of a batch's relations + BLOCK_BYTES;
                  by question: see `puna.graph.questions.worker_bytes`
     edges        24 (28 with weights) x edges of the largest bucket, and 12 (16) more for each edge of the next one,
-                 which is made ready where it has no more than NUM_AHEAD
+                 which is made ready where it has no more than NUM_AHEAD; by question EDGE_BYTES in place of 12
     relations    8 x parameters
     evaluation   of EVAL_QUERIES edges with EVAL_NODES nodes at a time
     process      the interpreter, torch, TensorBoard, Numba and compiled kernels
@@ -25,7 +25,7 @@ from puna.graph.buckets import NUM_AHEAD, num_swaps_again, order_buckets
 from puna.graph.config import GraphConfig, num_bytes
 from puna.graph.graph import Graph, NodeType
 from puna.graph.layout import WHOLE, Layout
-from puna.graph.questions import worker_bytes
+from puna.graph.questions import EDGE_BYTES, worker_bytes
 from puna.graph.ranking import EVAL_NODES, EVAL_QUERIES
 from puna.graph.scores import BLOCK_BYTES, padded
 
@@ -97,6 +97,7 @@ def memory(config: GraphConfig, sizes: Sizes, num_workers: int, evaluates: bool)
     worker = 8 * dim * slots + turned + 16 * dim * batch + 24 * slots + 4 * largest_type + grads + BLOCK_BYTES
     if config.by_question:
         worker = worker_bytes(config, largest_type) + grads
+    columns = 16 if sizes.weighted else 12
     largest = sizes.bucket_edges
     if largest is None:
         num_buckets = parts if any(layout.whole) else parts**2
@@ -104,7 +105,7 @@ def memory(config: GraphConfig, sizes: Sizes, num_workers: int, evaluates: bool)
     return Memory(
         partitions=(min(config.held_partitions, parts) * rows + layout.rows(WHOLE)) * (4 * dim + 4),
         workers=num_workers * worker,
-        edges=(28 if sizes.weighted else 24) * largest + (16 if sizes.weighted else 12) * min(largest, NUM_AHEAD),
+        edges=(columns + (EDGE_BYTES if config.by_question else 12)) * largest + columns * min(largest, NUM_AHEAD),
         relations=8 * parameters * sizes.num_relations * (1 + config.reciprocal),
         evaluation=4 * EVAL_NODES * (EVAL_QUERIES + 2 * dim) if evaluates else 0,
         process=PROCESS_BYTES,

@@ -9,8 +9,9 @@ is of one side, and its edges are chosen so that questions stay whole. Scores ar
 table, which is never copied; its gradient is as large as the table.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -39,30 +40,54 @@ class Questions:
     weights: npt.NDArray[np.float32]  # (E,)
 
 
-def cut(edges: Edges, size: int, rng: np.random.Generator) -> list[Questions]:
-    """Every edge once for each side, in batches of about `size` edges and never more questions; in random order."""
-    batches = [batch for side in range(2) for batch in _cut_side(edges, side, size, rng)]
+@dataclass(frozen=True)
+class Asked:
+    """Edges by the question that they answer on one side: those of question q at starts[q]:starts[q + 1]."""
+
+    side: int
+    nodes: npt.NDArray[np.int32]  # (Q,) known nodes
+    relations: npt.NDArray[np.int32]  # (Q,)
+    starts: npt.NDArray[np.int64]  # (Q + 1,)
+    true: npt.NDArray[np.int32]  # (E,)
+    weights: npt.NDArray[np.float32]  # (E,)
+
+    @classmethod
+    def of(cls, edges: Edges, side: int) -> "Asked":
+        """One sort of all edges."""
+        known, true = (edges.heads, edges.tails) if side == 0 else (edges.tails, edges.heads)
+        asked = known * np.int64(int(edges.relations.max()) + 1) + edges.relations
+        order = np.argsort(asked)
+        firsts = np.flatnonzero(np.diff(asked[order], prepend=-1))
+        askers = order[firsts]
+        weights = np.ones(len(edges), np.float32) if edges.weights is None else edges.weights[order]
+        starts = np.append(firsts, len(edges))
+        return cls(side, known[askers], edges.relations[askers], starts, true[order], weights)
+
+    def cut(self, size: int, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
+        """Questions in random order, in batches of about `size` edges and never more questions."""
+        order = rng.permutation(len(self.nodes))
+        ends = np.cumsum(np.diff(self.starts)[order])
+        begins = np.append(0, ends[:-1])
+        return np.split(order, np.flatnonzero(np.diff(begins // size)) + 1)
+
+    def take(self, chosen: npt.NDArray[np.int64]) -> Questions:
+        """A batch."""
+        begins, counts = self.starts[chosen], np.diff(self.starts)[chosen]
+        starts = np.append(0, np.cumsum(counts))
+        rows = np.repeat(begins - starts[:-1], counts) + np.arange(starts[-1])
+        return Questions(
+            self.side, self.nodes[chosen], self.relations[chosen], starts, self.true[rows], self.weights[rows]
+        )
+
+
+def cut(groups: Iterable[Asked], size: int, rng: np.random.Generator) -> list[Callable[[], Questions]]:
+    """Every question once, in batches of about `size` edges in random order; a batch is gathered when it is called."""
+    batches = [partial(group.take, chosen) for group in groups for chosen in group.cut(size, rng)]
     return [batches[n] for n in rng.permutation(len(batches))]
 
 
-def _cut_side(edges: Edges, side: int, size: int, rng: np.random.Generator) -> list[Questions]:
-    known, true = (edges.heads, edges.tails) if side == 0 else (edges.tails, edges.heads)
-    asked = known.astype(np.int64) * (int(edges.relations.max()) + 1) + edges.relations
-    distinct, which = np.unique(asked, return_inverse=True)
-    place = rng.permutation(len(distinct))[which]
-    order = np.argsort(place, kind="stable")
-    weights = np.ones(len(edges), np.float32) if edges.weights is None else edges.weights
-    starts = np.flatnonzero(np.diff(place[order], prepend=-1))
-    ends = np.append(starts[1:], len(edges))
-    cuts = np.flatnonzero(np.diff(starts // size)) + 1
-    batches = []
-    for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), len(starts)], strict=True):
-        rows = order[starts[first] : ends[last - 1]]
-        askers = order[starts[first:last]]
-        own = np.append(starts[first:last], ends[last - 1]) - starts[first]
-        batch = Questions(side, known[askers], edges.relations[askers], own, true[rows], weights[rows])
-        batches.append(batch)
-    return batches
+EDGE_BYTES = 48
+"""Of an edge's group on either side (16), and of the sort that makes one."""
 
 
 def worker_bytes(config: GraphConfig, num_rows: int) -> int:

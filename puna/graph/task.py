@@ -4,9 +4,10 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from puna.graph.graph import Edges, Graph, Pair
 from puna.graph.growing import Start
 from puna.graph.layout import Layout
 from puna.graph.partitions import Table
-from puna.graph.questions import Questions, QuestionWorker, cut
+from puna.graph.questions import Asked, Questions, QuestionWorker, cut
 from puna.graph.ranking import Scorer, draw_all, rank
 from puna.graph.scores import padded
 from puna.graph.worker import Part, Rates, Relations, Worker
@@ -51,6 +52,8 @@ class Unit:
 
 
 Share = tuple[int, int, Bucket]
+Batch = Callable[[], Edges] | Callable[[], Questions]
+"""Gathered by the worker that trains it."""
 
 
 def key_of(*parts: Any) -> int:
@@ -100,6 +103,7 @@ class GraphTask(Task):
         self._aside = ThreadPoolExecutor(1, "edges")
         self._coming: dict[Share, Future[Edges]] = {}
         self._paths: dict[tuple[int, int], list[Bucket]] = {}
+        self._asked: tuple[Edges, list[Asked]] | None = None
 
     def units(self, cursor: Cursor) -> Iterator[Unit]:
         """Buckets that hold edges, epoch by epoch; ends early where the held-out MRR no longer rises (patience)."""
@@ -219,11 +223,26 @@ class GraphTask(Task):
 
     def _taken(self, unit: Unit) -> Edges:
         """A unit's edges; those of the next one begin to be made ready, unless they are many."""
+        if self._asked and self._is_one_share:
+            return self._asked[0]
         coming = self._coming.pop(unit.share, None)
         edges = self._edges(unit.share) if coming is None else coming.result()
-        few = [share for share in self._next(unit) if self.buckets.size(share[-1]) <= NUM_AHEAD]
+        after = [] if self._is_one_share else self._next(unit)
+        few = [share for share in after if self.buckets.size(share[-1]) <= NUM_AHEAD]
         self._coming = {share: self._aside.submit(self._edges, share) for share in few}
         return edges
+
+    @property
+    def _is_one_share(self) -> bool:
+        """Whether units differ in nothing but in the order of questions, so that these are grouped once."""
+        return self.config.by_question and self.config.num_partitions == self.config.num_chunks == 1
+
+    def _questions(self, edges: Edges) -> list[Asked]:
+        """Edges by question, one side and one pair of types at a time."""
+        if self._asked is None or self._asked[0] is not edges:
+            self._asked = None
+            self._asked = edges, [Asked.of(pool, side) for pool in self._pools(edges).values() for side in range(2)]
+        return self._asked[1]
 
     def _next(self, unit: Unit) -> list["Share"]:
         """What follows a unit, if anything does."""
@@ -240,7 +259,8 @@ class GraphTask(Task):
         epoch, chunk, bucket = share
         rng = np.random.default_rng(key_of(self.seed, "edges", epoch, bucket))
         order = np.arange(self.buckets.size(bucket), dtype=np.int32)
-        rng.shuffle(order)
+        if not self._is_one_share:
+            rng.shuffle(order)
         order = order[slice(*self._share(bucket, chunk))]
         if not self.config.reciprocal or self.graph.is_typed:
             groups = self._groups(self.buckets.column(bucket, "relations")[order])
@@ -263,16 +283,18 @@ class GraphTask(Task):
         pools = zip(self.graph.pairs, map(edges.take, slices), strict=True)
         return {pair: pool for pair, pool in pools if len(pool)}
 
-    def _batches(self, unit: Unit, edges: Edges) -> list[Edges] | list[Questions]:
+    def _batches(self, unit: Unit, edges: Edges) -> Sequence[Batch]:
         size, rng = self.config.batch_edges, np.random.default_rng(key_of(self.seed, "batches", unit.index))
         if self.config.by_question:
-            found = [batch for pool in self._pools(edges).values() for batch in cut(pool, size, rng)]
-            return [found[n] for n in rng.permutation(len(found))] if self.graph.is_typed else found
+            return cut(self._questions(edges), size, rng)
         if self.config.reciprocal and not self.graph.is_typed:
-            return [edges.take(slice(*piece)) for piece in self._even(len(edges))]
-        starts = [0, *(np.flatnonzero(np.diff(self._groups(edges.relations))) + 1).tolist(), len(edges)]
-        pieces = [(s, min(s + size, end)) for start, end in itertools.pairwise(starts) for s in range(start, end, size)]
-        return [edges.take(slice(*pieces[n])) for n in rng.permutation(len(pieces))]
+            pieces = list(self._even(len(edges)))
+        else:
+            starts = [0, *(np.flatnonzero(np.diff(self._groups(edges.relations))) + 1).tolist(), len(edges)]
+            spans = itertools.pairwise(starts)
+            pieces = [(s, min(s + size, end)) for start, end in spans for s in range(start, end, size)]
+            pieces = [pieces[n] for n in rng.permutation(len(pieces))]
+        return [partial(edges.take, slice(*piece)) for piece in pieces]
 
     def _even(self, num_edges: int) -> Iterator[tuple[int, int]]:
         """Where batches begin and end: of whole chunks, about as many for each worker."""
@@ -295,9 +317,10 @@ class GraphTask(Task):
 
         def train(worker: Any, n: int) -> None:
             rates = self._rates(unit.tokens + n * len(edges) // len(batches))
-            key, (head, tail) = key_of(self.seed, unit.index, n), self.graph.ends[batches[n].relations[0]].tolist()
+            key, batch = key_of(self.seed, unit.index, n), batches[n]()
+            head, tail = self.graph.ends[batch.relations[0]].tolist()
             parts = head_parts[head], tail_parts[tail]
-            loss, bad = worker.train(batches[n], pools[head, tail], key, *parts, self.relations, rates)
+            loss, bad = worker.train(batch, pools[head, tail], key, *parts, self.relations, rates)
             losses[n] = math.nan if bad else loss
 
         met = [part for head, tail in pools for part in (head_parts[head], tail_parts[tail])]

@@ -12,8 +12,11 @@ from puna.graph import operators, questions
 from puna.graph.budget import Sizes, memory
 from puna.graph.config import GraphConfig, Operator
 from puna.graph.graph import Edges
-from puna.graph.questions import QuestionWorker, cut
+from puna.graph.questions import Asked, QuestionWorker, cut
+from puna.graph.task import GraphTask
 from puna.graph.worker import Part, Rates, Relations, Worker
+from puna.train.config import ScheduleConfig
+from puna.train.task import Cursor
 
 DIM, NUM_NODES, NUM_RELATIONS = 6, 19, 3
 
@@ -75,6 +78,10 @@ def config_of(**values):
     return GraphConfig(**({"dim": DIM, "batch_edges": 40, "all_negs": True} | values))
 
 
+def batches_of(edges, size):
+    return [make() for make in cut([Asked.of(edges, side) for side in range(2)], size, np.random.default_rng(0))]
+
+
 def by_row(batch, grads, num_rows):
     """Gradients by question, added up by known node."""
     out = np.zeros((num_rows, grads.shape[1]))
@@ -92,7 +99,7 @@ def test_gradients_are_autograds(operator, n3, monkeypatch):
     config = config_of(operator=operator, n3=n3)
     (head_part, tail_part), sides, edges = make(config, 30)
     worker = QuestionWorker(config, NUM_RELATIONS, NUM_NODES)
-    for batch in cut(edges, 40, np.random.default_rng(0)):
+    for batch in batches_of(edges, 40):
         known, guessed = (head_part, tail_part) if batch.side == 0 else (tail_part, head_part)
         assert len(batch.nodes) > 8
         loss = worker.differentiate(batch, known, guessed, sides[batch.side])
@@ -122,7 +129,7 @@ def test_both_sides_are_what_is_computed_edge_by_edge():
         if row >= 0:
             wanted[row] += gradient
     fast, found, found_loss = QuestionWorker(config, NUM_RELATIONS, NUM_NODES), np.zeros((NUM_NODES, DIM)), 0.0
-    for batch in cut(edges, 40, np.random.default_rng(0)):
+    for batch in batches_of(edges, 40):
         found_loss += fast.differentiate(batch, part, part, sides[batch.side])
         found += fast.grads.numpy() + by_row(batch, fast.known_grads, NUM_NODES)
     assert found_loss == pytest.approx(loss, rel=1e-5)
@@ -135,7 +142,7 @@ def test_a_step_is_row_adagrads(same):
     config = config_of(operator="complex_diagonal")
     (head_part, tail_part), sides, edges = make(config, 30)
     tail_part = head_part if same else tail_part
-    batch = next(b for b in cut(edges, 40, np.random.default_rng(0)) if b.side == 0)
+    batch = next(b for b in batches_of(edges, 40) if b.side == 0)
     worker = QuestionWorker(config, NUM_RELATIONS, NUM_NODES)
     worker.differentiate(batch, head_part, tail_part, sides[0])
     known = by_row(batch, worker.known_grads, NUM_NODES)
@@ -154,7 +161,7 @@ def test_a_step_is_row_adagrads(same):
 def test_batches_hold_every_edge_once_a_side_and_questions_whole():
     config = config_of()
     _, _, edges = make(config, 400)
-    batches = cut(edges, 16, np.random.default_rng(0))
+    batches = batches_of(edges, 16)
     for side in range(2):
         mine = [b for b in batches if b.side == side]
         asked = [(n, r) for b in mine for n, r in zip(b.nodes.tolist(), b.relations.tolist(), strict=True)]
@@ -176,7 +183,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
     (part, _), sides, edges = make(config, 30)
     part.vectors[2, 1] = np.nan
     before, table = part.vectors.copy(), sides[0].table.copy()
-    batch = next(b for b in cut(edges, 40, np.random.default_rng(0)) if b.side == 0)
+    batch = next(b for b in batches_of(edges, 40) if b.side == 0)
     _, bad = QuestionWorker(config, NUM_RELATIONS, NUM_NODES).train(batch, edges, 1, part, part, sides, Rates(0.1, 0.1))
     assert bad > 0
     np.testing.assert_array_equal(part.vectors, before)
@@ -212,3 +219,27 @@ def test_memory_counts_the_tables_gradient_and_the_scores():
     config = config_of(dim=400, batch_edges=1000)
     workers = [memory(config, Sizes(15_000, 0, 0, False, 0), n, False).workers for n in (1, 2)]
     assert workers[1] - workers[0] == 4 * (15_000 * 400 + 512 * 15_000 + 2536 * 400)
+
+
+@pytest.mark.parametrize(
+    ("values", "times"),
+    [({}, 2), ({"num_chunks": 2}, 2 * 6), ({"num_partitions": 2}, 2 * 4 * 3)],
+)
+def test_edges_are_grouped_once_where_units_have_the_same(planted, tmp_path, monkeypatch, values, times):
+    """Two sides, three epochs; every unit has its own order of questions, and each edge stands in it once a side."""
+    sorts, asked = [], Asked.of
+    monkeypatch.setattr(Asked, "of", lambda edges, side: sorts.append(side) or asked(edges, side))
+    config = config_of(epochs=3, dim=8, **values)
+    task = GraphTask(config, ScheduleConfig(decay="constant"), planted, tmp_path, num_threads=1)
+    orders = []
+    for unit in task.units(Cursor()):
+        edges = task._taken(unit)
+        batches = [make() for make in task._batches(unit, edges)]
+        for side, names in ((0, ("heads", "tails")), (1, ("tails", "heads"))):
+            mine = [batch for batch in batches if batch.side == side]
+            known = np.concatenate([np.repeat(batch.nodes, np.diff(batch.starts)) for batch in mine])
+            found = Counter(zip(known.tolist(), np.concatenate([b.true for b in mine]).tolist(), strict=True))
+            assert found == Counter(zip(*(getattr(edges, name).tolist() for name in names), strict=True))
+        orders.append(batches[0].nodes.tolist())
+    assert len(sorts) == times
+    assert len({tuple(order) for order in orders}) == len(orders)

@@ -134,7 +134,7 @@ def test_units_are_a_function_of_the_cursor_and_hold_every_edge_once(planted, tm
 def test_batches_of_one_operator_hold_one_relation(planted, tmp_path):
     task = task_of(planted, tmp_path, reciprocal=False)
     unit = next(task.units(Cursor()))
-    batches = task._batches(unit, task._edges(unit.share))
+    batches = [make() for make in task._batches(unit, task._edges(unit.share))]
     assert all(len(set(batch.relations.tolist())) == 1 and len(batch) <= 40 for batch in batches)
     assert sum(map(len, batches)) == 1200
 
