@@ -15,6 +15,7 @@ Sampling = Literal["uniform", "prevalence"]
 Size = Literal["given", "auto"]
 TypeNames = Annotated[tuple[str, ...], Field(strict=False)]
 
+RelationInit = Literal["identity", "random"]
 PAIRED = ("complex_diagonal", "rotation")
 """Operators that read a vector as real parts, then imaginary parts."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B")
@@ -61,6 +62,11 @@ class GraphConfig(Section):
         ge=0,
     )
     init_scale: float = setting(1e-3, "deviation of fresh vectors", gt=0)
+    relation_init: RelationInit = setting(
+        "identity",
+        "fresh relations: identity, as PBG; random: each turns vectors by angles (diagonal: signs) of its own, for "
+        "relations that lead back and forth, where from the identity every node would first be its own best answer",
+    )
     max_norm: float = setting(0.0, "longest vector; longer ones are shortened when read; 0: no limit", ge=0)
 
     epochs: int = setting(10, "times that every edge is trained on", ge=1)
@@ -133,6 +139,15 @@ class GraphConfig(Section):
         if self.freeze and self.max_norm:
             raise ValueError(
                 "graph.freeze is set, but graph.max_norm shortens vectors as they are read; set graph.max_norm to 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _turns(self) -> "GraphConfig":
+        if self.relation_init == "random" and self.operator not in ("diagonal", *PAIRED):
+            raise ValueError(
+                f"graph.relation_init is random, but {self.operator} has no angles or signs to draw; random is for "
+                "diagonal, complex_diagonal and rotation"
             )
         return self
 

@@ -49,6 +49,14 @@ def identity(operator: Operator, dim: int) -> np.ndarray:
     return row
 
 
+def turned(operator: Operator, dim: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Parameters (count, P) that turn each pair of numbers by a random angle (diagonal: each number's sign)."""
+    if operator == "diagonal":
+        return rng.choice(np.array([-1, 1], np.float32), (count, dim))
+    angles = rng.uniform(-np.pi, np.pi, (count, dim // 2)).astype(np.float32)
+    return angles if operator == "rotation" else np.concatenate([np.cos(angles), np.sin(angles)], 1)
+
+
 @kernel
 def operate(code: int, vectors: Any, relations: Any, table: Any, out: Any) -> None:
     """out[i] = vectors[i] under the operator of relations[i]; (N, D), (N,), (R, parameters), (N, D)."""

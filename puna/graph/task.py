@@ -95,7 +95,7 @@ class GraphTask(Task):
         self.schedule = Schedule(schedule, TrainConfig(tokens=self.total))
         self.plan = self._plan()
         self.table = Table(run, config, layout, key_of(seed, "nodes"), start, graph.bags)
-        self.relations = fresh_relations(config, graph.num_relations)
+        self.relations = fresh_relations(config, graph.num_relations, key_of(seed, "relations"))
         if start:
             start.fill_relations(self.relations)
         self.best: dict[str, Any] = {"mrr": -1.0, "waited": 0}
@@ -344,12 +344,15 @@ def require_finite(unit: Unit, loss: float) -> None:
         )
 
 
-def fresh_relations(config: GraphConfig, num_relations: int) -> list[Relations]:
-    """Identity operators of every relation: for guessing tails and, where relations are reciprocal, heads."""
-    row = operators.identity(config.operator, config.dim)
-    sides = range(1 + config.reciprocal)
-    shape = (num_relations, len(row))
-    return [Relations(np.tile(row, (num_relations, 1)), np.zeros(shape, np.float32)) for _ in sides]
+def fresh_relations(config: GraphConfig, num_relations: int, seed: int = 0) -> list[Relations]:
+    """Operators of every relation, by relation_init: to guess tails and, where relations are reciprocal, heads."""
+    rng, tables = np.random.default_rng(seed), []
+    for _ in range(1 + config.reciprocal):
+        if config.relation_init == "random":
+            tables.append(operators.turned(config.operator, config.dim, num_relations, rng))
+        else:
+            tables.append(np.tile(operators.identity(config.operator, config.dim), (num_relations, 1)))
+    return [Relations(table, np.zeros_like(table)) for table in tables]
 
 
 def relation_tensors(relations: Sequence[Relations]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from puna.graph import losses, operators, scores
 from puna.graph.config import Comparator, GraphConfig, Loss, Operator
 from puna.graph.graph import Edges
 from puna.graph.tables import adagrad, draw, fill_normal, scatter
+from puna.graph.task import fresh_relations
 from puna.graph.worker import Part, Rates, Relations, Worker
 
 OPERATORS, COMPARATORS, LOSSES = get_args(Operator), get_args(Comparator), get_args(Loss)
@@ -228,6 +229,25 @@ def test_identity_parameters_leave_a_vector_as_it_is(operator):
     table = operators.identity(operator, DIM)[None]
     operators.operate(operators.CODES[operator], vectors, np.zeros(3, np.int32), table, out)
     np.testing.assert_array_equal(out, vectors)
+
+
+@pytest.mark.parametrize("operator", ["diagonal", "complex_diagonal", "rotation"])
+def test_random_relations_turn_vectors_and_keep_their_lengths(operator):
+    """Each relation and side its own way, the same for a seed, and about as far from where they were on average."""
+    config = GraphConfig(dim=400, operator=operator, relation_init="random")
+    sides, again, other = (fresh_relations(config, 5, seed) for seed in (3, 3, 4))
+    vector = np.random.default_rng(0).normal(size=400).astype("f4")
+    vectors, out = np.tile(vector, (10, 1)), np.empty((10, 400), np.float32)
+    tables = np.concatenate([side.table for side in sides])
+    operators.operate(operators.CODES[operator], vectors, np.arange(10, dtype=np.int32), tables, out)
+    np.testing.assert_allclose(np.linalg.norm(out, axis=1), np.linalg.norm(vector), rtol=1e-5)
+    cosines = np.corrcoef(np.concatenate([out, vector[None]]))
+    assert np.abs(cosines[~np.eye(11, dtype=bool)]).max() < 0.25
+    for side, same, different in zip(sides, again, other, strict=True):
+        np.testing.assert_array_equal(side.table, same.table)
+        assert not np.array_equal(side.table, different.table)
+        assert side.table.dtype == np.float32
+        assert not side.sums.any()
 
 
 # --- accounting -----------------------------------------------------------------------------------------------------

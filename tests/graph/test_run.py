@@ -333,6 +333,7 @@ def test_a_graph_other_than_the_runs_is_refused(planted, tmp_path):
     ("words", "told"),
     [
         (["--graph.dim", "7"], "graph.dim is 7, but complex_diagonal needs pairs of numbers"),
+        (["--graph.operator", "translation", "--graph.relation_init", "random"], "translation has no angles or signs"),
         (["--graph.batch_edges", "55"], "graph.batch_edges is 55, no multiple of graph.num_batch_negs 10"),
         (["--graph.operator", "linear", "--graph.n3", "0.1"], "graph.n3 is set, but linear has matrices"),
         (
