@@ -201,12 +201,12 @@ def _weighted(t: Any, top: Any, mass: Any, weight: Any, margin: Any, temperature
 
 
 @kernel
-def softmax_rows(scores: Any, starts: Any, true: Any, weights: Any) -> float:
-    """Rows of scores against everything become slopes; the loss sum. Row q's true columns, with their weights, stand at
-    starts[q]:starts[q + 1] of `true`; they are candidates as well, each for the others and for itself."""
+def softmax_rows(scores: Any, count: int, starts: Any, true: Any, weights: Any) -> float:
+    """Rows of scores against everything, `count` columns, become slopes; the loss sum. Row q's true columns, with their
+    weights, stand at starts[q]:starts[q + 1] of `true`; they are candidates too, each for the others and for itself."""
     loss = 0.0
-    for q in range(scores.shape[0]):
-        row, whole, own = scores[q], _ZERO, 0.0
+    for q in range(starts.shape[0] - 1):
+        row, whole, own = scores[q, :count], _ZERO, 0.0
         top = _largest(row, MASKED)
         for n in range(starts[q], starts[q + 1]):
             whole += weights[n]
