@@ -218,7 +218,7 @@ def test_a_run_learns_the_planted_communities(planted, tmp_path):
 def test_memory_counts_the_tables_gradient_and_the_scores():
     config = config_of(dim=400, batch_edges=1000)
     workers = [memory(config, Sizes(15_000, 0, 0, False, 0), n, False).workers for n in (1, 2)]
-    assert workers[1] - workers[0] == 4 * (15_000 * 400 + 512 * 15_000 + 2536 * 400)
+    assert workers[1] - workers[0] == 4 * (15_000 * 400 + 512 * 15_008 + 2536 * 400)
 
 
 @pytest.mark.parametrize(
