@@ -18,8 +18,8 @@ from rich.table import Table
 from puna.console import out
 from puna.lab import adam_rescue, adam_score, show
 from puna.lab.adam_draw import drawn_list
-from puna.lab.adam_spec import read_specs
-from puna.lab.adam_store import Job, complete
+from puna.lab.adam_spec import Job, read_specs
+from puna.lab.adam_store import complete
 
 LIST = Path(__file__).with_name("health_runs.json")
 

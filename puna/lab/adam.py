@@ -17,8 +17,8 @@ import numpy as np
 
 from puna.lab.adam_arms import MITIGATIONS
 from puna.lab.adam_labels import onsets
-from puna.lab.adam_spec import RunSpec
-from puna.lab.adam_store import Job, complete
+from puna.lab.adam_spec import Job, RunSpec
+from puna.lab.adam_store import complete
 
 STALLED, STALLED_LAYERS = ("model.layers.*",), ("layer 0", "layer 1")
 RELEASE = 160

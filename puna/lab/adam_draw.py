@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from puna.lab.adam_labels import onsets
-from puna.lab.adam_spec import RunSpec
-from puna.lab.adam_store import Job, complete
+from puna.lab.adam_spec import Job, RunSpec
+from puna.lab.adam_store import complete
 
 EVALUATION = 7_000
 STEPS = 240

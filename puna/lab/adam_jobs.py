@@ -3,7 +3,7 @@
 from typing import Any
 
 from puna.lab import adam_arms, adam_run, adam_trial
-from puna.lab.adam_store import Job
+from puna.lab.adam_spec import Job
 from puna.train.config import HealthConfig
 
 ARMS = ("nothing", "clip", "zclip", "stable_adamw", "controller")

@@ -6,8 +6,8 @@ from statistics import median
 from typing import Any
 
 from puna.lab.adam_jobs import ARMS
-from puna.lab.adam_spec import RunSpec
-from puna.lab.adam_store import Job, complete
+from puna.lab.adam_spec import Job, RunSpec
+from puna.lab.adam_store import complete
 
 NEAR = 1.02  # of the reference's loss
 SHORT = {"act": True, "good_after": 40, "margin": 10, "wait": 30, "recover": 40}

@@ -1,16 +1,32 @@
 """What an experiment on Adam's instability is: one run, said in full by a few settings. No torch here."""
 
 import json
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
 from puna.errors import DataError
-from puna.train.config import Section, setting
+from puna.train.config import HealthConfig, Section, setting
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 CHANGES = ("rate_after", "batch_after", "eps_after", "beta2_after")
+
+RUN = ("lab/adam_run.py", "lab/adam_text.py", "lab/adam_trial.py")
+WATCHED = (
+    "train/adam_stats.py",
+    "train/adam_sampler.py",
+    "train/detector.py",
+    "train/health.py",
+    "train/health_track.py",
+)
+REMEDIES = (
+    "lab/adam_arms.py", "train/clipping.py", "train/stable_adamw.py", "train/controller.py", "train/tensor_guard.py",
+    "train/spike_judge.py", "train/actions.py", "train/levers.py", "train/trend.py",
+)  # fmt: skip
+"""Code that a result depends on, beside PyTorch: every result, those of watched runs, those under a remedy."""
 
 
 class RunSpec(Section):
@@ -85,6 +101,29 @@ class RunSpec(Section):
                 "warmup_cut": False, "state_dtype": "fp32",
             }
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run and what it is trained under: the name of an arm (see `puna.lab.adam_jobs`), whether it is watched."""
+
+    spec: RunSpec
+    arm: str = "nothing"
+    watch: bool = True
+    health: dict[str, Any] = field(default_factory=dict)  # settings of HealthConfig other than the defaults
+
+    def file(self) -> str:
+        """Name of its result: changes with anything that it depends on."""
+        settings = HealthConfig(**self.health).model_dump(mode="json") if self.watch else None
+        facts = [self.spec.model_dump(mode="json"), self.arm, settings, _code(self.watch, self.arm)]
+        digest = blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=6).hexdigest()
+        return f"{self.spec.title}-{self.arm.replace('/', 'over').replace(' ', '_')}-{digest}.json"
+
+
+def _code(watch: bool, arm: str) -> str:
+    root = Path(__file__).parents[1]
+    files = RUN + WATCHED * watch + REMEDIES * (arm != "nothing")
+    return blake2b(b"".join((root / name).read_bytes() for name in files), digest_size=6).hexdigest()
 
 
 def read_specs(path: Path) -> list[RunSpec]:

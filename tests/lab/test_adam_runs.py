@@ -16,8 +16,8 @@ from puna.lab.adam_arms import MITIGATIONS, Clip
 from puna.lab.adam_draw import KINDS, draw
 from puna.lab.adam_jobs import ARMS, do
 from puna.lab.adam_rescue import rescue
-from puna.lab.adam_spec import RunSpec
-from puna.lab.adam_store import Job, complete
+from puna.lab.adam_spec import Job, RunSpec
+from puna.lab.adam_store import complete
 from puna.train.config import HealthConfig
 
 ROOT = Path(__file__).parents[2]
