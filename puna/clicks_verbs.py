@@ -16,7 +16,7 @@ run_folder = click.argument("run", type=click.Path(path_type=Path))
 @click.option("--test", multiple=True, type=click.Path(path_type=Path), help="Later ones still, to test on.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--layout", type=click.Choice(["criteo", "avazu"]), help="Columns of a known data set.")
-@click.option("--columns", help="Columns in order: label, dense:NAME, table:NAME, hour, - (left out).")
+@click.option("--columns", help="Columns in order: label, dense:NAME, table:NAME, bag:NAME:SIZE, hour, - (left out).")
 @click.option("--delimiter", default=",", show_default=True, help="With --columns: what parts the fields.")
 @click.option("--positive", default="1", show_default=True, help="With --columns: the label of a click.")
 @click.option("--negative", help="With --columns: the label of none  [default: 0, or any where --positive is given]")
@@ -55,6 +55,7 @@ def clicks_import(
     \b
     Example:  puna recsys import --train train.txt --layout criteo --min-count 4 --test-share 0.1 --out clicks
               puna recsys import --train a.csv.gz --columns label,dense:age,table:city --out clicks
+              puna recsys import --train a.csv --columns label,table:city,bag:tags:20 --out clicks  (tags: a|b|c)
     """
     from puna.errors import DataError
     from puna.recsys.importing import Options, import_clicks
@@ -87,14 +88,15 @@ def clicks_import(
 @click.option("--test", default=200_000, show_default=True, type=click.IntRange(0), help="To test on.")
 @click.option("--tables", default="kaggle", show_default=True, help="kaggle, terabyte, or rows of each: 1000,50,20000.")
 @click.option("--max-rows", default=0, help="Most rows of a table  [default: no limit]")
+@click.option("--hots", default="", help="Ids of a sample in each table at most: 1,8,1  [default: one in each]")
 @click.option("--dense", default=13, show_default=True, type=click.IntRange(0), help="Dense features.")
 @click.option("--exponent", default=1.05, show_default=True, help="Of Zipf's law for the ids.")
 @click.option("--click-rate", default=0.25, show_default=True, help="Share of clicks.")
 @click.option("--seed", default=0, show_default=True, help="Seed of truth and samples.")
 @as_json
 def clicks_generate(
-    out: Path, samples: int, test: int, tables: str, max_rows: int, dense: int, exponent: float, click_rate: float,
-    seed: int, as_json: bool,
+    out: Path, samples: int, test: int, tables: str, max_rows: int, hots: str, dense: int, exponent: float,
+    click_rate: float, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Clicks with a planted truth.
 
@@ -106,18 +108,23 @@ def clicks_generate(
     from puna.errors import DataError
     from puna.recsys.generator import ROWS, generate
 
-    try:
-        rows = ROWS[tables] if tables in ROWS else tuple(int(word) for word in tables.split(","))
-    except ValueError:
-        raise DataError(
-            f"--tables {tables} names no tables", "Write kaggle, terabyte or whole numbers with commas."
-        ) from None
+    def numbers(option: str, text: str) -> tuple[int, ...]:
+        try:
+            return tuple(int(word) for word in text.split(","))
+        except ValueError:
+            raise DataError(
+                f"{option} {text} is no list of numbers",
+                "Write whole numbers with commas; for --tables also kaggle or terabyte.",
+            ) from None
+
+    rows = ROWS[tables] if tables in ROWS else numbers("--tables", tables)
     figures = generate(
         out,
         samples=samples,
         test=test,
         rows=rows,
         max_rows=max_rows,
+        hots=numbers("--hots", hots) if hots else (),
         num_dense=dense,
         exponent=exponent,
         click_rate=click_rate,

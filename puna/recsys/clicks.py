@@ -3,10 +3,12 @@
 DIR/clicks.json       features, rows of each table, splits as ranges of samples, SHA-256 of each file
 DIR/labels            uint8, 0 or 1
 DIR/dense             little-endian float32, (samples, dense features), as log(1 + x) where the import took it
-DIR/ids               little-endian int32, (samples, categorical features); 0 is what has no row of its own
+DIR/ids               little-endian int32, (samples, ids of a sample); 0 is what has no row of its own. A categorical
+                      feature has one column, or as many as a bag of its has ids at most: -1 where there is no more
 DIR/maps/NAME.txt     the value of every id from 1 on, a line each; none where values were hashed or were ids already
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from puna.errors import DataError
 from puna.sparse.folder import check_sizes, read_manifest
 from puna.train.hashed import sha256_of
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # since 2 a feature may have several ids
 MANIFEST = "clicks.json"
 HOW = "Make it with `puna recsys import FILE --layout criteo --out DIR` or `puna recsys generate --out DIR`."
 COLUMNS: dict[str, np.dtype[Any]] = {"labels": np.dtype("u1"), "dense": np.dtype("<f4"), "ids": np.dtype("<i4")}
@@ -26,7 +28,7 @@ COLUMNS: dict[str, np.dtype[Any]] = {"labels": np.dtype("u1"), "dense": np.dtype
 
 @dataclass(frozen=True)
 class Samples:
-    """Some samples. numbers: their places, (N,); labels (N,) float32; dense (N, F) float32; ids (N, T) int32."""
+    """Some samples. numbers: their places, (N,); labels (N,) float32; dense (N, F) float32; ids (N, L) int32."""
 
     numbers: npt.NDArray[np.int64]
     labels: npt.NDArray[np.float32]
@@ -45,6 +47,7 @@ class Clicks:
     dense: tuple[str, ...]  # names of the dense features
     tables: tuple[str, ...]  # names of the categorical ones
     rows: tuple[int, ...]  # ids of each, 0 among them
+    hots: tuple[int, ...]  # ids that a sample has of each at most
     splits: dict[str, tuple[int, int]]  # samples from, to
     columns: dict[str, Any] = field(repr=False)
 
@@ -57,11 +60,16 @@ class Clicks:
     @classmethod
     def _of(cls, folder: Path, raw: dict[str, Any]) -> "Clicks":
         dense, tables, count = tuple(raw["dense"]), tuple(raw["tables"]), raw["samples"]
+        hots = tuple(raw.get("hots", [1] * len(tables)))
         check_sizes(folder, raw["files"])
-        shapes = {"labels": (count,), "dense": (count, len(dense)), "ids": (count, len(tables))}
+        shapes = {"labels": (count,), "dense": (count, len(dense)), "ids": (count, sum(hots))}
         columns = {name: _map(folder / name, COLUMNS[name], shape) for name, shape in shapes.items()}
         splits = {name: (first, last) for name, (first, last) in raw["splits"].items()}
-        return cls(folder, dense, tables, tuple(raw["rows"]), splits, columns)
+        return cls(folder, dense, tables, tuple(raw["rows"]), hots, splits, columns)
+
+    def by_column(self, rows: Sequence[int]) -> npt.NDArray[np.int32]:
+        """Of every column of ids, (L,), what `rows` says of its table."""
+        return np.repeat(np.asarray(rows, np.int32), self.hots)
 
     def count(self, split: str) -> int:
         """Samples of a split. Raises DataError where there is no such split."""
@@ -86,12 +94,14 @@ class Clicks:
 
     def refuse_strangers(self, samples: Samples, rows: tuple[int, ...]) -> None:
         """Raise DataError for the first id that its table, of so many rows, does not have."""
-        wrong = (samples.ids < 0) | (samples.ids >= np.asarray(rows))
+        smallest = self.by_column([-1 if hot > 1 else 0 for hot in self.hots])
+        wrong = (samples.ids < smallest) | (samples.ids >= self.by_column(rows))
         if wrong.any():
-            at, table = np.argwhere(wrong)[0]
+            at, column = np.argwhere(wrong)[0]
+            table = self.by_column(range(len(rows)))[column]
             raise DataError(
                 f"{self.folder / 'ids'}, sample {samples.numbers[at]:,}, column {self.tables[table]}: the id "
-                f"{samples.ids[at, table]:,} is beyond its table of {rows[table]:,} rows",
+                f"{samples.ids[at, column]:,} is beyond its table of {rows[table]:,} rows",
                 "The file is damaged, or the model was made for other clicks: import again, or set dlrm.max_rows.",
             )
 

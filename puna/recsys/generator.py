@@ -1,13 +1,15 @@
 """`puna recsys generate`: clicks with a planted truth, in the form of imported ones.
 
-    ids of a table: Zipf, P(k-th most frequent) ~ k^-exponent      dense: normal
+    ids of a table: Zipf, P(k-th most frequent) ~ k^-exponent      dense: normal      bags: 1 to h ids, evenly
     logit = bias + <a, dense> + sum_t w_t[id_t] + c (|sum_t u_t[id_t]|^2 - sum_t |u_t[id_t]|^2) / 2
 
 w and the vectors u are functions of (seed, table, id), so the truth needs no memory; the last term is the sum of the
-products of all pairs of vectors, which a model with an interaction can learn. Samples are functions of (seed, chunk).
+products of all pairs of vectors, which a model with an interaction can learn. Of a bag, w and u are the sums over its
+ids, divided by the root of h. Samples are functions of (seed, chunk).
 """
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -48,6 +50,7 @@ def generate(
     test: int,
     rows: Sequence[int] = KAGGLE_ROWS,
     max_rows: int = 0,
+    hots: Sequence[int] = (),
     num_dense: int = 13,
     exponent: float = 1.05,
     click_rate: float = 0.25,
@@ -56,16 +59,21 @@ def generate(
     num_threads: int = 0,
 ) -> dict[str, Any]:
     """Write `samples` to train on and `test` to test on. rows: of each table, `max_rows` at most (0: no limit).
+    hots: ids that a sample has of each table at most; none: one of each.
 
     spread: deviation of the logits, about. Returns out, samples, click_rate, and of the truth itself on the test
-    split best_auc and best_loss: no model can be expected to do better. Raises DataError where `out` holds clicks.
+    split best_auc and best_loss: no model can be expected to do better. Raises DataError where `out` holds clicks, or
+    hots are of another number of tables.
     """
     out = Path(out)
     if (out / MANIFEST).exists():
         raise DataError(f"{out} holds clicks already", "Name another folder with --out, or remove that one.")
+    hots = tuple(hots) or (1,) * len(rows)
+    if len(hots) != len(rows) or min(hots) < 1:
+        raise DataError(f"{len(hots)} sizes of bags for {len(rows)} tables", "Give one from 1 on for every table.")
     out.mkdir(parents=True, exist_ok=True)
     sizes = [min(count, max_rows or count) for count in rows]
-    truth = _Truth(sizes, num_dense, exponent, click_rate, spread, seed)
+    truth = _Truth(sizes, hots, num_dense, exponent, click_rate, spread, seed)
     total = samples + test
     starts = range(0, total, CHUNK)
     clicked, logits, files = [], [], {}
@@ -95,6 +103,7 @@ def generate(
         "dense": [f"I{n + 1}" for n in range(num_dense)],
         "tables": [f"C{n + 1}" for n in range(len(sizes))],
         "rows": sizes,
+        "hots": hots,
         "splits": {"train": [0, samples], "test": [samples, total]},
         "options": {"planted": {"exponent": exponent, "click_rate": click_rate, "spread": spread, "seed": seed}},
         "files": files,
@@ -108,11 +117,12 @@ class _Truth:
     """What makes somebody click."""
 
     def __init__(
-        self, sizes: Sequence[int], num_dense: int, exponent: float, click_rate: float, spread: float, seed: int
-    ) -> None:
+        self, sizes: Sequence[int], hots: Sequence[int], num_dense: int, exponent: float, click_rate: float,
+        spread: float, seed: int,
+    ) -> None:  # fmt: skip
         self.sizes, self.num_dense, self.exponent, self.seed = sizes, num_dense, exponent, seed
         rng = np.random.default_rng([seed, 1])
-        num = len(sizes)
+        num, self.columns = len(sizes), np.concatenate([[0], np.cumsum(hots)])
         self.slopes = rng.normal(size=num_dense) * spread * np.sqrt(0.2 / max(num_dense, 1))
         self.linear = spread * np.sqrt(0.5 / num)
         self.pairs = spread * np.sqrt(0.3 / (num * max(num - 1, 1) / 2 * VECTOR))
@@ -138,14 +148,18 @@ class _Truth:
 
     def _features(self, rng: np.random.Generator, count: int) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         dense = rng.standard_normal((count, self.num_dense), np.float32)
-        ids = np.empty((count, len(self.sizes)), np.int32)
-        for table, size in enumerate(self.sizes):
-            ids[:, table] = zipf(rng.random(count), size, self.exponent)
+        ids = np.empty((count, self.columns[-1]), np.int32)
+        for size, first, end in zip(self.sizes, self.columns, self.columns[1:], strict=False):
+            for column in range(first, end):
+                ids[:, column] = zipf(rng.random(count), size, self.exponent)
+            if end - first > 1:
+                lengths = rng.integers(1, end - first + 1, size=(count, 1))
+                ids[:, first:end][np.arange(end - first) >= lengths] = -1
         return dense, ids
 
     def _logits(self, dense: npt.NDArray[Any], ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         out = dense @ self.slopes
-        _add_planted(ids, np.uint64(_key(self.seed)), self.linear, self.pairs, out)
+        _add_planted(ids, self.columns, np.uint64(_key(self.seed)), self.linear, self.pairs, out)
         return out
 
 
@@ -170,18 +184,24 @@ def _normal(key: Any, place: Any) -> float:
 
 
 @exact_kernel
-def _add_planted(ids: Any, key: Any, linear: float, pairs: float, out: Any) -> None:
-    vector = np.empty(VECTOR)
+def _add_planted(ids: Any, columns: Any, key: Any, linear: float, pairs: float, out: Any) -> None:
+    vector, own = np.empty(VECTOR), np.empty(VECTOR)
     for i in range(ids.shape[0]):
         vector[:] = 0.0
         squares = 0.0
-        for t in range(ids.shape[1]):
-            place = (np.uint64(t) << np.uint64(40)) + (np.uint64(ids[i, t]) << np.uint64(3))
-            out[i] += linear * _normal(key, place)
+        for t in range(columns.shape[0] - 1):
+            own[:] = 0.0
+            scale = 1.0 / math.sqrt(columns[t + 1] - columns[t])
+            for n in range(columns[t], columns[t + 1]):
+                if ids[i, n] < 0:
+                    break
+                place = (np.uint64(t) << np.uint64(40)) + (np.uint64(ids[i, n]) << np.uint64(3))
+                out[i] += linear * scale * _normal(key, place)
+                for k in range(VECTOR):
+                    own[k] += scale * _normal(key, place + np.uint64(k + 1))
             for k in range(VECTOR):
-                number = _normal(key, place + np.uint64(k + 1))
-                vector[k] += number
-                squares += number * number
+                vector[k] += own[k]
+                squares += own[k] * own[k]
         total = 0.0
         for k in range(VECTOR):
             total += vector[k] * vector[k]

@@ -84,10 +84,11 @@ class _Stage:
     ) -> None:
         self.folder, self.sources, self.layout, self.options = folder, sources, layout, options
         self.tables = layout.of(TABLE)
+        self.columns = np.concatenate([[0], np.cumsum(layout.hots)])
         self.vocabularies = [Vocabulary() for _ in self.tables]
         self.done: dict[str, Any] = {"source": 0, "rows": 0, "samples": 0, "time": 0, "ends": {}}
         self._given = {
-            "layout": asdict(layout) | {"names": list(layout.names), "roles": list(layout.roles)},
+            "layout": asdict(layout),
             "options": asdict(options),
             "sources": [[split, str(path), path.stat().st_size if path.is_file() else 0] for split, path in sources],
         }
@@ -144,18 +145,26 @@ class _Stage:
         }
         if self.layout.of(HOUR):
             self._require_order(block)
-        ids = np.empty((len(block), len(self.tables)), np.int32)
-        for column, place in enumerate(self.tables):
-            ids[:, column] = self._ids(block, column, place)
+        ids = np.empty((len(block), self.columns[-1]), np.int32)
+        for table, (place, first, end) in enumerate(zip(self.tables, self.columns, self.columns[1:], strict=False)):
+            ids[:, first:end] = self._bags(block, table, place, end - first)
         for name, values in (columns | {"ids": ids}).items():
             self._files[name].write(np.ascontiguousarray(values, COLUMNS[name]).data)
         self.done["rows"] += len(block)
         self.done["samples"] += len(block)
 
-    def _ids(self, block: Block, column: int, place: int) -> npt.NDArray[np.int32]:
-        name, options = self.layout.names[place], self.options
+    def _bags(self, block: Block, table: int, place: int, size: int) -> npt.NDArray[np.int32]:
+        """(rows, size); -1 where a bag has no more."""
+        if size == 1:
+            return self._ids(block, table, place)[:, None]
+        items = block.items(place, self.layout.tables[table], size)
+        found = np.stack([self._ids(items, table, n) for n in range(size)], axis=1)
+        return np.where(items.bounds[:, :, 0] == items.bounds[:, :, 1], np.int32(-1), found)
+
+    def _ids(self, block: Block, table: int, place: int) -> npt.NDArray[np.int32]:
+        name, options = self.layout.tables[table], self.options
         if options.maps:
-            found = self.vocabularies[column].find(block, place)
+            found = self.vocabularies[table].find(block, place)
             unseen = found < 0
             if options.unseen == "refuse" and unseen.any():
                 row = int(unseen.argmax())
@@ -171,10 +180,10 @@ class _Stage:
             return np.where(empty, NONE, hashed).astype(np.int32)
         if options.values == "ids":
             return fields.whole(block, place, name, options.buckets)
-        found, lines = self.vocabularies[column].admit(block, place)
+        found, lines = self.vocabularies[table].admit(block, place)
         if lines.count(b"\n") != len(lines.splitlines()) or b"\r" in lines:
             raise DataError(f"{block.path}: a value of the column {name} has a line break", "Values are one line.")
-        self._files[f"{column}.txt"].write(lines)
+        self._files[f"{table}.txt"].write(lines)
         return found
 
     def _require_order(self, block: Block) -> None:
@@ -203,8 +212,9 @@ def _finish(stage: _Stage, out: Path, layout: Layout, options: Options) -> dict[
     splits = _splits(stage, options)
     if splits["train"][1] == 0:
         raise DataError(f"{stage.sources[0][1]} has no sample to train on", "Give a file with rows.")
-    provisional = np.memmap(stage.folder / "ids", COLUMNS["ids"], "r", shape=(count, len(stage.tables)))
-    remaps = [_remap(stage, column, provisional, splits["train"], options) for column in range(len(stage.tables))]
+    whole = np.memmap(stage.folder / "ids", COLUMNS["ids"], "r", shape=(count, stage.columns[-1]))
+    provisional = np.split(whole, stage.columns[1:-1], axis=1)
+    remaps = [_remap(stage, table, ids, splits["train"], options) for table, ids in enumerate(provisional)]
     rows = [int(remap.max()) + 1 if len(remap) else 1 for remap in remaps]
     if options.values == "hash" or (options.values == "ids" and options.buckets):
         rows = [options.buckets] * len(rows)
@@ -222,6 +232,7 @@ def _finish(stage: _Stage, out: Path, layout: Layout, options: Options) -> dict[
         "dense": list(layout.dense),
         "tables": list(layout.tables),
         "rows": rows,
+        "hots": layout.hots,
         "splits": splits,
         "options": asdict(options),
         "files": files,
@@ -249,18 +260,19 @@ def _splits(stage: _Stage, options: Options) -> dict[str, tuple[int, int]]:
 
 
 def _remap(
-    stage: _Stage, column: int, provisional: Any, train: tuple[int, int], options: Options
+    stage: _Stage, table: int, provisional: Any, train: tuple[int, int], options: Options
 ) -> npt.NDArray[np.int32]:
-    """The final id of every provisional one: frequent values first, those below the cut-off 0."""
-    size = int(provisional[:, column].max(initial=0)) + 1
+    """The final id of every provisional one of a table: frequent values first, those below the cut-off 0."""
+    size = int(provisional.max(initial=0)) + 1
     if options.maps:
-        return np.arange(max(size, stage.vocabularies[column].count + 1), dtype=np.int32)
+        return np.arange(max(size, stage.vocabularies[table].count + 1), dtype=np.int32)
     if options.values != "map":
         return np.arange(size, dtype=np.int32)
-    size = stage.vocabularies[column].count + 1
+    size = stage.vocabularies[table].count + 1
     counts = np.zeros(size, np.int64)
     for first in range(*train, REWRITE_ROWS):
-        counts += np.bincount(provisional[first : min(first + REWRITE_ROWS, train[1]), column], minlength=size)
+        ids = provisional[first : min(first + REWRITE_ROWS, train[1])]
+        counts += np.bincount(ids[ids >= 0], minlength=size)
     counts[NONE] = 0
     order = np.argsort(-counts, kind="stable")
     kept = order[counts[order] >= max(options.min_count, 1)][: options.max_rows - 1 if options.max_rows else None]
@@ -269,12 +281,12 @@ def _remap(
     return remap
 
 
-def _rewrite(path: Path, provisional: Any, remaps: Sequence[npt.NDArray[np.int32]]) -> dict[str, Any]:
+def _rewrite(path: Path, provisional: Sequence[Any], remaps: Sequence[npt.NDArray[np.int32]]) -> dict[str, Any]:
     with path.open("wb") as raw:
         file = Hashed(raw)
-        for first in range(0, len(provisional), REWRITE_ROWS):
-            piece = provisional[first : first + REWRITE_ROWS]
-            final = np.stack([remap[piece[:, column]] for column, remap in enumerate(remaps)], axis=1)
+        for first in range(0, len(provisional[0]), REWRITE_ROWS):
+            pieces = [ids[first : first + REWRITE_ROWS] for ids in provisional]
+            final = np.hstack([np.where(ids < 0, ids, remap[ids]) for ids, remap in zip(pieces, remaps, strict=True)])
             file.write(np.ascontiguousarray(final, COLUMNS["ids"]))
         file.flush()
         os.fsync(raw.fileno())

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 
 from puna.errors import DataError
 
-LABEL, DENSE, TABLE, HOUR, LEFT_OUT = "label", "dense", "table", "hour", "-"
-ROLES = (LABEL, DENSE, TABLE, HOUR, LEFT_OUT)
+LABEL, DENSE, TABLE, HOUR, LEFT_OUT, BAG = "label", "dense", "table", "hour", "-", "bag"
+ROLES = (LABEL, DENSE, TABLE, BAG, HOUR, LEFT_OUT)
+BETWEEN = "|"
+"""Parts the values of a bag."""
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Layout:
     """Names and roles of the columns of a row, in order.
 
     A column of role hour is a time such as 14102103 (year, month, day, hour): it becomes the dense features hour_of_day
-    and day_of_week, and may not fall from row to row.
+    and day_of_week, and may not fall from row to row. sizes: values of a column's fields at most; where that is more
+    than one, a field is a bag of values of one table.
     """
 
     names: tuple[str, ...]
@@ -22,6 +25,7 @@ class Layout:
     delimiter: str = "\t"
     positive: str = "1"
     negative: str | None = "0"  # None: whatever is not positive
+    sizes: tuple[int, ...] = ()  # none: one each
 
     def of(self, role: str) -> list[int]:
         """Places of the columns of a role."""
@@ -37,6 +41,11 @@ class Layout:
     def tables(self) -> tuple[str, ...]:
         """Names of the categorical features."""
         return tuple(self.names[place] for place in self.of(TABLE))
+
+    @property
+    def hots(self) -> tuple[int, ...]:
+        """Values of every categorical feature at most."""
+        return tuple(self.sizes[place] if self.sizes else 1 for place in self.of(TABLE))
 
 
 def _layout(columns: Sequence[tuple[str, str]], delimiter: str) -> Layout:
@@ -62,15 +71,25 @@ LAYOUTS = {"criteo": CRITEO, "avazu": AVAZU}
 
 
 def parse_columns(text: str, delimiter: str, positive: str, negative: str | None) -> Layout:
-    """A layout from words such as `label,dense:age,table:city,-`. Raises DataError for words that mean nothing."""
-    columns = []
+    """A layout from words such as `label,dense:age,table:city,bag:tags:20,-`. Raises DataError for words that mean
+    nothing."""
+    columns, sizes = [], []
     for place, word in enumerate(text.split(","), start=1):
         role, _, name = word.strip().partition(":")
         if role not in ROLES:
             raise DataError(
                 f"column {place} is described as {word!r}", f"Write ROLE:NAME with a role of {', '.join(ROLES)}."
             )
+        size = "1"
+        if role == BAG:
+            role, (name, _, size) = TABLE, name.rpartition(":")
+            if not name or not size.isdecimal() or int(size) < 1 or delimiter == BETWEEN:
+                raise DataError(
+                    f"column {place} is described as {word!r}",
+                    f"Write bag:NAME:SIZE, the most values that a row has, parted by {BETWEEN!r}; fields by another.",
+                )
         columns.append((role, name or (role if role in (LABEL, HOUR) else f"{role}{place}")))
+        sizes.append(int(size))
     layout = _layout(columns, delimiter)
     kept = [name for name, role in zip(layout.names, layout.roles, strict=True) if role != LEFT_OUT]
     if len(layout.of(LABEL)) != 1 or not layout.tables or len(set(kept)) < len(kept) or len(layout.of(HOUR)) > 1:
@@ -78,4 +97,4 @@ def parse_columns(text: str, delimiter: str, positive: str, negative: str | None
             f"the columns {text} do not describe clicks",
             "Name one label, at least one table, at most one hour, and no name twice.",
         )
-    return Layout(layout.names, layout.roles, delimiter, positive, negative)
+    return Layout(layout.names, layout.roles, delimiter, positive, negative, tuple(sizes))

@@ -1,7 +1,10 @@
 """Kernels around tables: distinct ids of a batch, rows gathered and spread, gradients folded, row-wise updates.
 
-A batch of B samples is cut into slices, one a rank: slice p is samples cuts[p] .. cuts[p + 1]. The distinct ids of a
-table t in slice p stand in distinct[t, cuts[p] : cuts[p] + counts[t, p]], in the order of first sight.
+A batch of B samples is cut into slices, one a rank: slice p is samples cuts[p] .. cuts[p + 1]. The ids that samples
+have of table t stand in columns[t] .. columns[t + 1] of `ids` (B, L). With one column, what is exchanged are rows of
+distinct ids: those of slice p are distinct[t, cuts[p] : cuts[p] + counts[t, p]], in the order of first sight. With
+several, the table is of bags, with -1 where one has no more ids, and what is exchanged are sums, one a sample; there
+are then as many in counts[t, p] as the slice has samples.
 """
 
 import math
@@ -27,13 +30,13 @@ def fill_uniform(key: Any, first_row: int, first_col: int, scale: float, out: An
 
 @exact_kernel
 def find_distinct(
-    ids: Any, cuts: Any, tables: Any, slices: Any, keep_all: bool, keys: Any, places: Any, distinct: Any, counts: Any,
-    slots: Any, mine: int,
+    ids: Any, columns: Any, cuts: Any, tables: Any, slices: Any, keep_all: bool, keys: Any, places: Any, distinct: Any,
+    counts: Any, slots: Any, mine: int,
 ) -> None:  # fmt: skip
     """Distinct ids of the named tables in the named slices; slots[j, t]: which of them sample j of slice `mine` has.
 
-    ids: (B, T). keep_all: every sample counts as one of its own. keys, places: room for a table of hashes, a power of
-    two of at least twice a slice; keys are -1 before and after.
+    The tables have one column each. keep_all: every sample counts as one of its own. keys, places: room for a table of
+    hashes, a power of two of at least twice a slice; keys are -1 before and after.
     """
     mask = np.uint64(keys.shape[0] - 1)
     for n in range(tables.shape[0]):
@@ -42,7 +45,7 @@ def find_distinct(
             p = slices[m]
             begin, count = cuts[p], 0
             for j in range(begin, cuts[p + 1]):
-                wanted = ids[j, t]
+                wanted = ids[j, columns[t]]
                 if keep_all:
                     slot = count
                     distinct[t, begin + count] = wanted
@@ -76,10 +79,10 @@ def count_between(distinct: Any, begin: int, count: int, first: int, end: int) -
 
 @exact_kernel
 def gather(
-    flat: Any, offsets: Any, table_of: Any, spans: Any, distinct: Any, cuts: Any, counts: Any, starts: Any, begin: int,
-    end: int, out: Any,
+    flat: Any, offsets: Any, table_of: Any, spans: Any, ids: Any, columns: Any, distinct: Any, cuts: Any, counts: Any,
+    starts: Any, begin: int, end: int, out: Any,
 ) -> None:  # fmt: skip
-    """Rows of the blocks begin .. end (p x shards + s): of shard s for slice p, from starts[p, s] on in `out`.
+    """Rows, or sums of bags, of the blocks begin .. end (p x shards + s): of shard s for slice p, from starts[p, s] on.
 
     flat: the shards' numbers; offsets: where each begins; spans: (S, 3), first row, end row, width.
     """
@@ -88,6 +91,9 @@ def gather(
         p, s = n // num_shards, n % num_shards
         t, first, last, width = table_of[s], spans[s, 0], spans[s, 1], spans[s, 2]
         at = starts[p, s]
+        if columns[t + 1] - columns[t] > 1:
+            _pool(flat, offsets[s], first, last, width, ids, columns[t], columns[t + 1], cuts[p], cuts[p + 1], out, at)
+            continue
         for k in range(cuts[p], cuts[p] + counts[t, p]):
             row = distinct[t, k]
             if row >= first and row < last:
@@ -98,24 +104,46 @@ def gather(
 
 
 @exact_kernel
-def unpack(
-    packed: Any, starts: Any, table_of: Any, spans: Any, columns: Any, distinct: Any, first_slot: int, counts: Any,
-    row_starts: Any, backward: bool, rows: Any,
+def _pool(
+    flat: Any, offset: int, first: int, last: int, width: int, ids: Any, left: int, right: int, begin: int, end: int,
+    out: Any, at: int,
 ) -> None:  # fmt: skip
-    """Blocks of shards, (S,) starts in `packed`, to rows (M, D) of distinct ids; backward: from rows to blocks.
+    """Sums of the rows first .. last that samples begin .. end have in columns left .. right of `ids`."""
+    for j in range(begin, end):
+        for c in range(width):
+            out[at + c] = _ZERO
+        for n in range(left, right):
+            row = ids[j, n]
+            if row >= first and row < last:
+                source = offset + (row - first) * width
+                for c in range(width):
+                    out[at + c] += flat[source + c]
+        at += width
 
-    first_slot: where this rank's slice begins; counts: (T,) distinct ids of it; row_starts: of tables, in rows.
+
+@exact_kernel
+def unpack(
+    packed: Any, starts: Any, table_of: Any, spans: Any, lefts: Any, bags: Any, distinct: Any, first_slot: int,
+    counts: Any, row_starts: Any, backward: bool, rows: Any,
+) -> None:  # fmt: skip
+    """Blocks of shards, (S,) starts in `packed`, to rows (M, D) of this rank's slice; backward: from rows to blocks.
+
+    lefts: (S,) first number of a row that a shard has. bags: (T,) whether a table is of bags; shards by rows then each
+    have a part of every sum, and rows are zero before. first_slot: where this rank's slice begins; counts: (T,) rows of
+    it; row_starts: of tables, in rows.
     """
     for s in range(table_of.shape[0]):
         t, first, last, width = table_of[s], spans[s, 0], spans[s, 1], spans[s, 2]
-        at, left = starts[s], columns[s]
+        at, left = starts[s], lefts[s]
         for k in range(counts[t]):
             row = distinct[t, first_slot + k]
-            if row >= first and row < last:
+            if bags[t] or (row >= first and row < last):
                 place = row_starts[t] + k
                 for c in range(width):
                     if backward:
                         packed[at + c] = rows[place, left + c]
+                    elif bags[t]:
+                        rows[place, left + c] += packed[at + c]
                     else:
                         rows[place, left + c] = packed[at + c]
                 at += width
@@ -143,38 +171,41 @@ def fold(gradients: Any, row_starts: Any, slots: Any, begin: int, end: int, out:
 
 @exact_kernel
 def merge(
-    packed: Any, starts: Any, table: int, span: Any, distinct: Any, cuts: Any, counts: Any, scale: Any, keys: Any,
+    packed: Any, starts: Any, span: Any, ids: Any, cuts: Any, counts: Any, bags: bool, scale: Any, keys: Any,
     places: Any, rows: Any, out: Any,
 ) -> int:  # fmt: skip
     """Gradients of one shard's rows over all slices: how many rows, their places in the shard, their sums (n, width).
 
-    packed: blocks of the shard, (P,) starts. A row's terms are added in the order of slices, so that every rank that
-    does this gets the same bits. keys: -1 before and after.
+    packed: blocks of the shard, (P,) starts. ids: (B, columns) of the table, or (B, 1) its distinct ones. bags: a
+    sample's gradient is that of each of its ids. A row's terms are added in the order of slices, so that every rank
+    that does this gets the same bits. keys: -1 before; keys, places: room for a table of hashes, a power of two.
     """
     mask, found, width = np.uint64(keys.shape[0] - 1), 0, span[2]
     for p in range(starts.shape[0]):
         at = starts[p]
         for k in range(cuts[p], cuts[p] + counts[p]):
-            row = distinct[table, k]
-            if row < span[0] or row >= span[1]:
-                continue
-            place = mix(np.uint64(row)) & mask
-            while keys[place] >= 0 and keys[place] != row:
-                place = (place + np.uint64(1)) & mask
-            if keys[place] < 0:
-                keys[place] = row
-                places[place] = found
-                rows[found] = row - span[0]
-                for c in range(width):
-                    out[found, c] = packed[at + c] * scale
-                found += 1
-            else:
-                slot = places[place]
-                for c in range(width):
-                    out[slot, c] += packed[at + c] * scale
-            at += width
-    for k in range(keys.shape[0]):
-        keys[k] = -1
+            sent = bags
+            for n in range(ids.shape[1]):
+                row = ids[k, n]
+                if row < span[0] or row >= span[1]:
+                    continue
+                sent = True
+                place = mix(np.uint64(row)) & mask
+                while keys[place] >= 0 and keys[place] != row:
+                    place = (place + np.uint64(1)) & mask
+                if keys[place] < 0:
+                    keys[place] = row
+                    places[place] = found
+                    rows[found] = row - span[0]
+                    for c in range(width):
+                        out[found, c] = packed[at + c] * scale
+                    found += 1
+                else:
+                    slot = places[place]
+                    for c in range(width):
+                        out[slot, c] += packed[at + c] * scale
+            if sent:
+                at += width
     return found
 
 

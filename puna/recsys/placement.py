@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from puna.errors import RecipeError
 from puna.recsys.config import Placed
@@ -46,12 +46,14 @@ def place(
     num_ranks: int,
     how: Placed = "auto",
     *,
+    hots: Sequence[int] = (),
     data_rows: int = 0,
     balance: float = 0.5,
 ) -> tuple[Shard, ...]:
     """Shards of tables with so many rows of `dim` numbers, by rank and table; a pure function of its arguments.
 
-    data_rows, balance: of auto; see DlrmConfig. A table has one lookup a sample, a piece by rows its share of one.
+    data_rows, balance: of auto; see DlrmConfig. hots: lookups of each table a sample, none: one; a piece by rows has
+    its share of them.
     Raises RecipeError where there are fewer columns than ranks to cut them for.
     """
     if how == "column" and dim < num_ranks:
@@ -63,6 +65,7 @@ def place(
         return tuple(Shard(table, 0, 0, count, 0, dim) for table, count in enumerate(rows))
     if how == "data":
         return tuple(Shard(table, EVERYWHERE, 0, count, 0, dim) for table, count in enumerate(rows))
+    hots = hots or [1] * len(rows)
     pieces: list[tuple[int, int, int, int, int]] = []
     shards: list[Shard] = []
     most = SPLIT_SHARE * sum(rows) / num_ranks
@@ -75,7 +78,7 @@ def place(
             shards += _cut_rows(table, count, dim, num_ranks)
         else:
             pieces.append((table, 0, count, 0, dim))
-    shards += _deal(pieces, shards, num_ranks, balance, sum(rows) * dim, len(rows))
+    shards += _deal(pieces, shards, num_ranks, balance, sum(rows) * dim, hots)
     return tuple(sorted(shards, key=lambda shard: (shard.rank, shard.table, shard.first_row, shard.first_col)))
 
 
@@ -96,28 +99,29 @@ def _deal(
     num_ranks: int,
     balance: float,
     total_numbers: int,
-    total_lookups: int,
+    hots: Sequence[int],
 ) -> list[Shard]:
     """Whole tables to the rank with the least cost so far, the costliest first (longest processing time)."""
 
     def cost(numbers: int, lookups: float) -> float:
-        return balance * numbers / max(total_numbers, 1) + (1 - balance) * lookups / max(total_lookups, 1)
+        return balance * numbers / max(total_numbers, 1) + (1 - balance) * lookups / max(sum(hots), 1)
 
     loads = [0.0] * num_ranks
     for shard in placed:
         if shard.rank != EVERYWHERE:
-            loads[shard.rank] += cost(shard.rows * shard.width, 1 / num_ranks)
+            loads[shard.rank] += cost(shard.rows * shard.width, hots[shard.table] / num_ranks)
     heap = [(load, rank) for rank, load in enumerate(loads)]
     heapq.heapify(heap)
-    shards = []
-    for table, first, end, first_col, end_col in sorted(pieces, key=lambda piece: (piece[1] - piece[2], piece[0])):
+    shards = [Shard(table, 0, *spans) for table, *spans in pieces]
+    costs = {shard.table: cost(shard.rows * shard.width, hots[shard.table]) for shard in shards}
+    for place, shard in sorted(enumerate(shards), key=lambda one: (-costs[one[1].table], one[1].table)):
         load, rank = heapq.heappop(heap)
-        shards.append(Shard(table, rank, first, end, first_col, end_col))
-        heapq.heappush(heap, (load + cost((end - first) * (end_col - first_col), 1), rank))
+        shards[place] = replace(shard, rank=rank)
+        heapq.heappush(heap, (load + costs[shard.table], rank))
     return shards
 
 
-def loads(shards: Sequence[Shard], num_ranks: int) -> list[dict[str, float]]:
+def loads(shards: Sequence[Shard], num_ranks: int, hots: Sequence[int] = ()) -> list[dict[str, float]]:
     """Of every rank: bytes of its shards, and lookups for each sample of the global batch."""
     found = [{"bytes": 0.0, "lookups": 0.0} for _ in range(num_ranks)]
     whole: dict[int, int] = {}
@@ -128,5 +132,5 @@ def loads(shards: Sequence[Shard], num_ranks: int) -> list[dict[str, float]]:
         share = 1 / num_ranks if shard.rank == EVERYWHERE else shard.rows / max(whole[shard.table], 1)
         for rank in ranks:
             found[rank]["bytes"] += 4 * shard.rows * shard.width
-            found[rank]["lookups"] += share
+            found[rank]["lookups"] += share * (hots[shard.table] if hots else 1)
     return found

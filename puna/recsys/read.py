@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
-from puna.recsys.layouts import LEFT_OUT, Layout
+from puna.recsys.layouts import BETWEEN, LEFT_OUT, Layout
 from puna.sparse.compiled import exact_kernel
 from puna.sparse.text import NEWLINE, RETURN, open_file, shown, told_of_damage, whole_lines
 
@@ -44,6 +44,20 @@ class Block:
     def column(self, place: int) -> npt.NDArray[np.int64]:
         """Where the fields of a column begin and end, (rows, 2)."""
         return np.ascontiguousarray(self.bounds[:, place])
+
+    def items(self, place: int, name: str, size: int) -> "Block":
+        """Values of a column of bags, as a block of `size` columns, empty where a bag has no more.
+
+        Raises DataError for a bag of more (file, line, column).
+        """
+        bounds = np.zeros((len(self), size, 2), np.int64)
+        bad = _split_bags(self.data, self.column(place), ord(BETWEEN), bounds)
+        if bad >= 0:
+            raise DataError(
+                f"{self.place(bad, name)}: {shown(self.text(bad, place))!r} has more than {size} values",
+                f"Describe the column as bag:{name}:SIZE with the most values that a row has.",
+            )
+        return Block(self.path, self.data, bounds, self.lines)
 
     def rest(self, count: int) -> "Block":
         """The rows after the first `count`."""
@@ -140,6 +154,29 @@ def _split(data: Any, separator: int, first: int, bounds: Any, lines: Any) -> An
     return row, -1
 
 
+@exact_kernel
+def _split_bags(data: Any, fields: Any, separator: int, bounds: Any) -> int:
+    """Values of each field, spaces around them and empty ones left out; the first field with too many, or -1."""
+    for row in range(fields.shape[0]):
+        count, start, end = 0, fields[row, 0], fields[row, 1]
+        for at in range(start, end + 1):
+            if at < end and data[at] != separator:
+                continue
+            left, right = start, at
+            while left < right and data[left] == SPACE:
+                left += 1
+            while right > left and data[right - 1] == SPACE:
+                right -= 1
+            if left < right:
+                if count == bounds.shape[1]:
+                    return row
+                bounds[row, count, 0] = left
+                bounds[row, count, 1] = right
+                count += 1
+            start = at + 1
+    return -1
+
+
 def _wrong_row(path: Path, line: int, piece: bytes, start: int, layout: Layout) -> DataError:
     text = piece[start : piece.index(b"\n", start)].decode("utf-8", "replace").rstrip("\r")
     found, wanted = len(text.split(layout.delimiter)), len(layout.names)
@@ -172,7 +209,10 @@ def _parquet(path: Path, layout: Layout) -> Iterator[Block]:
         pieces, size = [], 0
         bounds = np.zeros((batch.num_rows, len(layout.names), 2), np.int64)
         for name in wanted:
-            values = pc.fill_null(batch.column(name).cast(pa.large_string()), "")
+            values = batch.column(name)
+            if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+                values = pc.binary_join(values.cast(pa.list_(pa.string())), BETWEEN)
+            values = pc.fill_null(values.cast(pa.large_string()), "")
             _, offsets, data = values.buffers()
             ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1]
             text = np.frombuffer(data, np.uint8)[: ends[-1]] if data else np.empty(0, np.uint8)

@@ -35,7 +35,8 @@ Ints = npt.NDArray[np.int64]
 class Lookup:
     """What a batch needs of the tables; see puna/recsys/lookups.py for the arrays."""
 
-    cuts: Ints  # (P + 1,) of the global batch
+    ids: npt.NDArray[np.int32]  # (B, L) of the global batch
+    cuts: Ints  # (P + 1,)
     distinct: npt.NDArray[np.int32]  # (T, B)
     counts: npt.NDArray[np.int32]  # (T, P)
     slots: npt.NDArray[np.int32]  # (b, T), of this rank's samples
@@ -70,6 +71,7 @@ class Tables:
         shards: Sequence[Shard],
         exchange: Exchange,
         *,
+        hots: Sequence[int] = (),
         seed: int = 0,
         adagrad: bool = False,
         eps: float = 1e-8,
@@ -77,9 +79,11 @@ class Tables:
         run: Path | None = None,
         team: Team | None = None,
     ) -> None:
-        """shards: of all ranks. distinct: rows that samples of a rank share are exchanged once. run: where checkpoints
-        keep rows; None: nowhere."""
+        """shards: of all ranks. hots: ids that a sample has of each table at most; none: one of each. distinct: rows
+        that samples of a rank share are exchanged once. run: where checkpoints keep rows; None: nowhere."""
         self.rows, self.dim, self.shards, self.exchange = tuple(rows), dim, tuple(shards), exchange
+        self.columns = np.concatenate([[0], np.cumsum(hots or [1] * len(self.rows))]).astype(np.int64)
+        self.bags = np.diff(self.columns) > 1
         self.seed, self.adagrad, self.eps, self.distinct = seed, adagrad, np.float32(eps), distinct
         self.team, self.rank, self.size = team or Team(), exchange.rank, exchange.size
         self._of_rank = [[n for n, s in enumerate(self.shards) if s.rank == rank] for rank in range(self.size)]
@@ -129,26 +133,29 @@ class Tables:
     # --- forward -------------------------------------------------------------------------------------------------
 
     def index(self, ids: npt.NDArray[np.int32]) -> Lookup:
-        """Of the global batch's ids, (B, T), all within their tables; ranks have consecutive parts of it.
+        """Of the global batch's ids, (B, L), all within their tables, or -1 in a bag; ranks have consecutive parts.
 
         B is a multiple of the ranks. Touches no state of the tables: a thread may prepare the next batch with it.
         """
-        num_samples, num_tables = ids.shape
+        num_samples, num_tables = len(ids), len(self.rows)
         cuts = np.arange(self.size + 1, dtype=np.int64) * (num_samples // self.size)
         distinct = np.empty((num_tables, num_samples), np.int32)
         counts = np.zeros((num_tables, self.size), np.int32)
         slots = np.empty((num_samples // self.size, num_tables), np.int32)
-        held = np.unique([self.shards[n].table for n in self.local]).astype(np.int64)
-        others = np.setdiff1d(np.arange(num_tables), held)
+        counts[self.bags] = num_samples // self.size
+        slots[:, self.bags] = np.arange(len(slots), dtype=np.int32)[:, None]
+        held = np.isin(np.arange(num_tables), [self.shards[n].table for n in self.local])
         keys = np.full(1 << int(2 * (num_samples // self.size) + 2).bit_length(), -1, np.int32)
         places = np.empty_like(keys)
         everyone, me = np.arange(self.size), np.array([self.rank])
-        for tables, slices in ((held, everyone), (others, me)):
+        for tables, slices in ((held, everyone), (~held, me)):
             lookups.find_distinct(
-                ids, cuts, tables, slices, not self.distinct, keys, places, distinct, counts, slots, self.rank
-            )
+                ids, self.columns, cuts, np.flatnonzero(tables & ~self.bags), slices, not self.distinct, keys, places,
+                distinct, counts, slots, self.rank,
+            )  # fmt: skip
         mine = counts[:, self.rank].astype(np.int64)
         return Lookup(
+            ids,
             cuts,
             distinct,
             counts,
@@ -162,7 +169,7 @@ class Tables:
     def _block(self, n: int, p: int, cuts: Ints, distinct: Any, counts: Any) -> tuple[int, int, int]:
         shard = self.shards[n]
         count = int(counts[shard.table, p])
-        if shard.rows < self.rows[shard.table]:
+        if shard.rows < self.rows[shard.table] and not self.bags[shard.table]:
             count = lookups.count_between(distinct[shard.table], cuts[p], count, shard.first_row, shard.end_row)
         return n, count, shard.width
 
@@ -179,7 +186,8 @@ class Tables:
         def block(n: int, rows: int, width: int, owner: int, user: int) -> Block:
             table = self.shards[n].table
             mark = _key(seed, n, owner, user) if backward[table] else 0
-            ids = self._ids(lookup, n, user) if forward[table] or backward[table] else None
+            known = not self.bags[table] and (forward[table] or backward[table])
+            ids = self._ids(lookup, n, user) if known else None
             return Block(rows, width, forward[table], backward[table], mark, ids, ids if self.distinct else None)
 
         ranks = range(self.size)
@@ -193,21 +201,22 @@ class Tables:
         return ids if whole else ids[(ids >= shard.first_row) & (ids < shard.end_row)]
 
     def gather(self, lookup: Lookup) -> Tensor:
-        """The rows that others (and this rank) need of this rank's shards, flat: for rank 0 first."""
+        """The rows and sums that others (and this rank) need of this rank's shards, flat: for rank 0 first."""
         own = self._of_rank[self.rank]
         starts, total = _starts(lookup.sent)
         out = torch.empty(total)
-        table_of, spans = self._spans(own)
         array = out.numpy()
-
-        def act(begin: int, end: int) -> None:
-            lookups.gather(
-                self.flat, self._offsets, table_of, spans, lookup.distinct, lookup.cuts, lookup.counts, starts, begin,
-                end, array,
-            )  # fmt: skip
-
-        self.team(act, self.size * len(own))
+        self.team(lambda begin, end: self._gather(lookup, own, 0, starts, begin, end, array), self.size * len(own))
         return out
+
+    def _gather(
+        self, lookup: Lookup, numbers: Sequence[int], place: int, starts: Ints, begin: int, end: int, out: Any
+    ) -> None:
+        """Blocks begin .. end of the shards; `place`: of the first one among the local shards."""
+        lookups.gather(
+            self.flat, self._offsets[place:], *self._spans(numbers), lookup.ids, self.columns, lookup.distinct,
+            lookup.cuts, lookup.counts, starts, begin, end, out,
+        )  # fmt: skip
 
     def receive(
         self,
@@ -248,27 +257,26 @@ class Tables:
         """(M, D) from what has arrived and from the copies that are here; with one rank it stands so already."""
         if self.size == 1:
             return arrived.numpy().reshape(lookup.num_rows, self.dim)
-        rows = np.empty((lookup.num_rows, self.dim), np.float32)
+        rows = (np.zeros if self.bags.any() else np.empty)((lookup.num_rows, self.dim), np.float32)
         self._unpack(lookup, arrived.numpy(), rows, backward=False)
-        place = len(self._of_rank[self.rank])
-        for at, n in enumerate(self._copied):
-            table = self.shards[n].table
-            count, first = int(lookup.counts[table, self.rank]), int(lookup.row_starts[table])
-            ids = lookup.distinct[table, lookup.cuts[self.rank] : lookup.cuts[self.rank] + count]
-            rows[first : first + count] = self.arrays()[place + at][ids]
+        if self._copied:
+            first, count = lookup.row_starts[[self.shards[n].table for n in self._copied]], len(self._copied)
+            starts, mine = np.tile(first * self.dim, (self.size, 1)), self.rank * count
+            place, flat = len(self._of_rank[self.rank]), rows.reshape(-1)
+            self._gather(lookup, self._copied, place, starts, mine, mine + count, flat)
         return rows
 
     def _unpack(self, lookup: Lookup, packed: Any, rows: Any, *, backward: bool) -> None:
         order = [n for theirs in self._of_rank for n in theirs]
         starts, _ = _starts(lookup.received)
         table_of, spans = self._spans(order)
-        columns = np.array([self.shards[n].first_col for n in order], np.int64)
+        lefts = np.array([self.shards[n].first_col for n in order], np.int64)
         flat_starts = np.concatenate([part[: len(t)] for part, t in zip(starts, self._of_rank, strict=True)])
         first = int(lookup.cuts[self.rank])
         mine = np.ascontiguousarray(lookup.counts[:, self.rank])
         lookups.unpack(
-            packed, flat_starts, table_of, spans, columns, lookup.distinct, first, mine, lookup.row_starts, backward,
-            rows,
+            packed, flat_starts, table_of, spans, lefts, self.bags, lookup.distinct, first, mine, lookup.row_starts,
+            backward, rows,
         )  # fmt: skip
 
     def _spans(self, numbers: Sequence[int]) -> tuple[Ints, Ints]:
@@ -330,20 +338,21 @@ class Tables:
     def _merge(self, lookup: Lookup, packed: Any, numbers: Sequence[int], starts: Ints, place: int) -> None:
         """Sum the slices' gradients of each of the shards; `place`: of the first one among the local shards."""
         found: list[_Gradients | None] = [None] * len(numbers)
-        scale, width = np.float32(1 / self.size), int(lookup.cuts[-1])
+        scale = np.float32(1 / self.size)
 
         def act(begin: int, end: int) -> None:
-            keys = np.full(1 << int(2 * width + 2).bit_length(), -1, np.int32)
-            places = np.empty_like(keys)
             for s in range(begin, end):
                 shard = self.shards[numbers[s]]
                 table, counts = shard.table, np.ascontiguousarray(lookup.counts[shard.table])
-                most = min(int(counts.sum()), width)
+                bags, own = bool(self.bags[table]), slice(self.columns[table], self.columns[table + 1])
+                ids = np.ascontiguousarray(lookup.ids[:, own]) if bags else lookup.distinct[table][:, None]
+                most = min(int(counts.sum()) * ids.shape[1], shard.rows)
+                keys = np.full(1 << int(2 * most + 2).bit_length(), -1, np.int32)
                 rows, values = np.empty(most, np.int64), np.empty((most, shard.width), np.float32)
                 span = np.array([shard.first_row, shard.end_row, shard.width], np.int64)
                 begins = np.ascontiguousarray(starts[:, s])
                 count = lookups.merge(
-                    packed, begins, table, span, lookup.distinct, lookup.cuts, counts, scale, keys, places, rows, values
+                    packed, begins, span, ids, lookup.cuts, counts, bags, scale, keys, np.empty_like(keys), rows, values
                 )
                 found[s] = _Gradients(place + s, rows[:count], values[:count], np.empty(count, np.float32))
 

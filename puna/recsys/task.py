@@ -106,14 +106,16 @@ class DlrmTask(GradientTask):
         )
         self.bounds = Bounds(exchange, self.rows)
         self.shards = place(
-            self.rows, config.dim, self.size, config.placement, data_rows=config.data_rows, balance=config.balance
-        )
+            self.rows, config.dim, self.size, config.placement, hots=clicks.hots, data_rows=config.data_rows,
+            balance=config.balance,
+        )  # fmt: skip
         wires = [make_wire(name, exchange.codec, self.team.size) for name in (exchange.forward, exchange.backward)]
         self.tables = Tables(
             self.rows,
             config.dim,
             self.shards,
             Exchange(None, *wires, local=exchange.local),
+            hots=clicks.hots,
             seed=seed,
             adagrad=config.table_optimizer == "adagrad",
             eps=config.eps,
@@ -178,7 +180,7 @@ class DlrmTask(GradientTask):
         self.clicks.refuse_strangers(samples, self.clicks.rows)
         if self.rows == self.clicks.rows:
             return samples
-        folded = samples.ids % np.asarray(self.rows, np.int32)
+        folded = np.where(samples.ids < 0, samples.ids, samples.ids % self.clicks.by_column(self.rows))
         return Samples(samples.numbers, samples.labels, samples.dense, folded)
 
     def samples(self, unit: Unit) -> Sequence[Any]:  # type: ignore[override]
@@ -328,7 +330,7 @@ class DlrmTask(GradientTask):
             "num_dense_parameters": num_dense,
             "num_tables": len(self.rows),
             "num_rows": sum(self.rows),
-            "ranks": loads(self.shards, self.size),
+            "ranks": loads(self.shards, self.size, self.clicks.hots),
             "total_tokens": self.total,
             "flops_per_token": 6 * num_dense,
         }

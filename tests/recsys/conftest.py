@@ -29,6 +29,15 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Clicks:
 
 
 @pytest.fixture(scope="session")
+def bagged(tmp_path_factory: pytest.TempPathFactory) -> Clicks:
+    """The same with bags of up to five, three and two ids in three of the tables."""
+    folder = tmp_path_factory.mktemp("bagged") / "clicks"
+    words = {"hots": (5, 1, 3, 1, 2), "num_dense": 4, "spread": 2.0, "seed": 1, "num_threads": 1}
+    generate(folder, samples=8192, test=2048, rows=ROWS, **words)
+    return Clicks.open(folder)
+
+
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """`ranks(function, *arguments)` gives the results by rank."""
     pool = Ranks(tmp_path_factory.mktemp("ranks"), 4)

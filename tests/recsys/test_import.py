@@ -17,6 +17,7 @@ LINES = ["1,3,rome,a", "0,,oslo,b", "0,-2,rome,", "1,7.5,lima,a", "0,1e2,rome,c"
 
 
 def write(folder, lines, name="clicks.csv"):
+    folder.mkdir(exist_ok=True)
     path = folder / name
     path.write_text("".join(f"{line}\n" for line in lines))
     return path
@@ -56,6 +57,60 @@ def test_values_are_counted_over_training_samples_alone(tmp_path):
     clicks = bring(tmp_path, test_share=0.4)
     assert clicks.splits == {"train": (0, 3), "test": (3, 5)}
     assert everything(clicks).ids[:, 0].tolist() == [1, 2, 1, 0, 1]
+
+
+BAGS = parse_columns("label,bag:tags:3,table:shop", ",", "1", "0")
+TAGGED = ["1,a|b|a,x", "0,,y", "0, c | |b,x", "1,b,"]
+
+
+def test_bags_of_values(tmp_path):
+    """Spaces and empty values left out; -1 where there is no more; a value is counted wherever it stands."""
+    clicks = bring(tmp_path, TAGGED, BAGS)
+    assert clicks.hots == (3, 1)
+    assert clicks.rows == (4, 3)
+    values = (clicks.folder / "maps" / "tags.txt").read_text().split()
+    assert values[0] == "b"
+    found = [[values[n - 1] for n in row[:3] if n > 0] for row in everything(clicks).ids.tolist()]
+    assert found == [["a", "b", "a"], [], ["c", "b"], ["b"]]
+    assert everything(clicks).ids[1].tolist() == [-1, -1, -1, 2]
+
+
+def test_rare_values_of_bags_share_row_0(tmp_path):
+    clicks = bring(tmp_path, TAGGED, BAGS, min_count=2)
+    assert everything(clicks).ids[2, :3].tolist() == [0, 1, -1]
+
+
+def test_bags_by_hash_by_id_and_by_maps(tmp_path):
+    hashed = bring(tmp_path / "hash", TAGGED, BAGS, values="hash", buckets=50)
+    ids = everything(hashed).ids[:, :3]
+    assert ids[0, 0] == ids[0, 2] > 0
+    assert (ids[1] == -1).all()
+    numbered = bring(tmp_path / "ids", ["1,4|2,0", "0,,1"], BAGS, values="ids")
+    assert everything(numbered).ids.tolist() == [[4, 2, -1, 0], [-1, -1, -1, 1]]
+    first = bring(tmp_path / "first", TAGGED, BAGS)
+    again = bring(tmp_path / "again", ["1,c|new,x"], BAGS, maps=str(first.folder))
+    c = (first.folder / "maps" / "tags.txt").read_text().split().index("c") + 1
+    assert everything(again).ids[0, :3].tolist() == [c, 0, -1]
+
+
+def test_lists_of_parquet_are_bags(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = {"label": [1, 0, 0], "tags": [["a", "b", "a"], [], None], "shop": ["x", "y", "x"]}
+    pq.write_table(pa.table(table), tmp_path / "clicks.parquet")
+    import_clicks({"train": [tmp_path / "clicks.parquet"]}, tmp_path / "out", BAGS)
+    assert everything(Clicks.open(tmp_path / "out")).ids.tolist() == [[1, 2, 1, 1], [-1, -1, -1, 2], [-1, -1, -1, 1]]
+    table |= {"tags": [[7, 5], [5], []], "shop": [1, 2, 1]}
+    pq.write_table(pa.table(table), tmp_path / "numbers.parquet")
+    import_clicks({"train": [tmp_path / "numbers.parquet"]}, tmp_path / "numbers", BAGS, Options(values="ids"))
+    assert everything(Clicks.open(tmp_path / "numbers")).ids[:, :3].tolist() == [[7, 5, -1], [5, -1, -1], [-1, -1, -1]]
+
+
+def test_mistakes_around_bags_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"clicks.csv, line 2, column tags: 'a\|b\|c\|d' has more than 3 values"):
+        bring(tmp_path, ["1,a,x", "0,a|b|c|d,y"], BAGS)
+    for words, delimiter in (("label,bag:tags", ","), ("label,bag:tags:0", ","), ("label,bag:tags:2", "|")):
+        with pytest.raises(DataError, match=r"column 2 is described as 'bag:tags"):
+            parse_columns(words, delimiter, "1", "0")
 
 
 def test_splits_of_their_own_files(tmp_path):

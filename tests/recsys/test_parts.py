@@ -195,6 +195,30 @@ def test_a_model_without_dense_features():
     assert out.shape == (3,)
 
 
+def test_bags_weigh_by_their_lookups():
+    """Two tables of equal bytes: the one with a bag of nine is alone, whatever the order."""
+    for hots in ((9, 1, 1), (1, 1, 9)):
+        shards = place((100, 100, 100), 4, 2, "table", hots=hots, balance=0.1)
+        ranks = {shard.table: shard.rank for shard in shards}
+        assert [n for n in range(3) if ranks[n] == ranks[hots.index(9)]] == [hots.index(9)]
+        assert sorted(load["lookups"] for load in loads(shards, 2, hots)) == [2, 9]
+
+
+def test_planted_bags(tmp_path):
+    """One to h ids, evenly; as many of them as of the others to learn."""
+    words = {"samples": 4000, "test": 1000, "rows": (50, 7, 300), "num_dense": 3}
+    figures = generate(tmp_path / "a", hots=(1, 4, 2), **words)
+    assert 0.65 < figures["best_auc"] < 0.9
+    ids = Clicks.open(tmp_path / "a").columns["ids"]
+    assert ids.shape == (5000, 7)
+    counts = np.bincount((ids[:, 1:5] >= 0).sum(axis=1), minlength=5)
+    assert counts[0] == 0
+    assert (abs(counts[1:] - 1250) < 150).all()
+    assert (np.diff((ids[:, 1:5] >= 0).astype(int), axis=1) <= 0).all()
+    with pytest.raises(DataError, match=r"2 sizes of bags for 3 tables"):
+        generate(tmp_path / "b", hots=(1, 4), **words)
+
+
 def test_zipf_has_its_exponent():
     ids = zipf(np.random.default_rng(0).random(400_000), 1000, 1.05)
     counts = np.bincount(ids, minlength=1000)

@@ -1,5 +1,6 @@
 """Training: it learns, any number of ranks and any placement train the same model, checkpoints fit all of them."""
 
+import copy
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from clicking import load, save, steps, task_of, train_each
 from processes import finish, start
 
@@ -56,8 +58,10 @@ def test_other_interactions_learn(planted, interaction):
     assert np.mean(losses[-20:]) < np.mean(losses[:20]) - 0.02
 
 
-def test_ranks_and_placements_train_the_same_model(planted, tmp_path):
+@pytest.mark.parametrize("kind", ["planted", "bagged"])
+def test_ranks_and_placements_train_the_same_model(kind, request, tmp_path):
     """1, 2 and 4 ranks, every placement, both optimisers: losses equal to 1e-5, and the figures after them."""
+    clicks = request.getfixturevalue(kind)
     settings = {
         f"{placement} {optimizer}": {
             "placement": placement,
@@ -68,7 +72,7 @@ def test_ranks_and_placements_train_the_same_model(planted, tmp_path):
         for placement in PLACEMENTS
         for optimizer in ("sgd", "adagrad")
     }
-    found = {size: each(tmp_path, planted.folder, size, settings) for size in (1, 2, 4)}
+    found = {size: each(tmp_path, clicks.folder, size, settings) for size in (1, 2, 4)}
     for optimizer in ("sgd", "adagrad"):
         wanted = found[1][f"table {optimizer}"]
         assert wanted["losses"][-1] != wanted["losses"][0]
@@ -77,6 +81,51 @@ def test_ranks_and_placements_train_the_same_model(planted, tmp_path):
                 got = found[size][f"{placement} {optimizer}"]
                 np.testing.assert_allclose(got["losses"], wanted["losses"], atol=1e-5, err_msg=f"{size} {placement}")
                 assert abs(got["loss"] - wanted["loss"]) < 1e-5
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_bags_are_sums_as_in_torch(bagged, optimizer):
+    """Three steps beside EmbeddingBag and autograd, with rows that are several times in a bag."""
+    task = task_of(bagged, dim=4, batch=64, table_optimizer=optimizer, table_lr=0.5, optimizer="sgd", lr=1e-9)
+    model = copy.deepcopy(task.model)
+    tables = [torch.tensor(array, requires_grad=True) for array in task.tables.arrays()]
+    sums = [torch.zeros(len(table)) for table in tables]
+    for unit, _ in zip(task.units(Cursor()), range(3), strict=False):
+        (batch,) = unit.batches
+        samples = bagged.at(batch.samples)
+        columns = np.split(samples.ids, np.cumsum(bagged.hots)[:-1], axis=1)
+        vectors = torch.stack([_sum_of_rows(t, ids) for t, ids in zip(tables, columns, strict=True)], dim=1)
+        logits = model.top(model.bottom(batch.dense), vectors)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch.labels)
+        assert task.step(unit).loss == pytest.approx(loss.item(), abs=1e-6)
+        for table, total, grad in zip(tables, sums, torch.autograd.grad(loss, tables), strict=True):
+            total += grad.square().mean(dim=1)
+            factor = 1 / (total.sqrt() + 1e-8) if optimizer == "adagrad" else torch.ones_like(total)
+            table.data -= 0.5 * factor[:, None] * grad
+    for table, array in zip(tables, task.tables.arrays(), strict=True):
+        np.testing.assert_allclose(array, table.detach().numpy(), atol=2e-6)
+
+
+def _sum_of_rows(table, ids):
+    there = [torch.from_numpy(row[row >= 0]).long() for row in ids]
+    offsets = torch.tensor([0, *np.cumsum([len(row) for row in there])[:-1]])
+    return torch.nn.functional.embedding_bag(torch.cat(there), table, offsets, mode="sum")
+
+
+def test_a_bag_without_ids_is_zero_and_changes_nothing(bagged):
+    task = task_of(bagged)
+    ids = np.tile(np.array([[-1] * 5 + [0] + [-1] * 3 + [0] + [-1] * 2], np.int32), (128, 1))
+    vectors = task.tables.look_up(ids)
+    assert not vectors[:, [0, 2, 4]].any()
+    assert vectors[:, [1, 3]].all()
+
+
+def test_what_crosses_for_a_bag_is_one_row_a_sample(bagged):
+    task = task_of(bagged, batch=128)
+    (batch,) = next(task.units(Cursor())).batches
+    ((blocks),) = batch.lookup.sent
+    assert [rows for _, rows, _ in blocks][::2] == [128] * 3
+    assert all(rows < 128 for _, rows, _ in blocks[1::2])
 
 
 def test_the_optimisers_differ(planted):
@@ -181,12 +230,33 @@ def test_an_id_beyond_its_table_is_named(planted, tmp_path):
     task = task_of(Clicks.open(folder), shuffle=False)
     with pytest.raises(DataError, match=r"ids, sample 70, column C2: the id 3 is beyond its table of 3 rows"):
         steps(task, 1)
+    ids[70, 1] = -1
+    with pytest.raises(DataError, match=r"sample 70, column C2: the id -1 is beyond its table of 3 rows"):
+        steps(task, 1)
+
+
+def test_an_id_of_a_bag_beyond_its_table_is_named(bagged, tmp_path):
+    folder = tmp_path / "clicks"
+    shutil.copytree(bagged.folder, folder)
+    ids = np.memmap(folder / "ids", "<i4", "r+").reshape(-1, 12)
+    ids[70, 7] = 40
+    ids.flush()
+    with pytest.raises(DataError, match=r"ids, sample 70, column C3: the id 40 is beyond its table of 40 rows"):
+        steps(task_of(Clicks.open(folder), shuffle=False), 1)
 
 
 def test_folded_ids_fit_a_smaller_table(planted):
     task = task_of(planted, max_rows=50)
     assert task.rows == (50, 3, 40, 50, 9)
     assert len(steps(task, 3)) == 3
+
+
+def test_folded_bags_keep_their_ends(bagged):
+    task = task_of(bagged, max_rows=50)
+    whole = bagged.take("train", np.arange(64))
+    folded = task._fold(whole).ids
+    assert ((folded < 0) == (whole.ids < 0)).all()
+    assert folded.max() < 50 <= whole.ids.max()
 
 
 def test_bf16_networks_follow_fp32_ones(planted):
