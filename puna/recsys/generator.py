@@ -70,7 +70,7 @@ def generate(
         raise DataError(f"{out} holds clicks already", "Name another folder with --out, or remove that one.")
     hots = tuple(hots) or (1,) * len(rows)
     if len(hots) != len(rows) or min(hots) < 1:
-        raise DataError(f"{len(hots)} sizes of bags for {len(rows)} tables", "Give one from 1 on for every table.")
+        raise DataError(f"bags of {list(hots)} ids do not fit {len(rows)} tables", "Give 1 or more for every table.")
     out.mkdir(parents=True, exist_ok=True)
     sizes = [min(count, max_rows or count) for count in rows]
     truth = _Truth(sizes, hots, num_dense, exponent, click_rate, spread, seed)

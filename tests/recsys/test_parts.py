@@ -215,8 +215,9 @@ def test_planted_bags(tmp_path):
     assert counts[0] == 0
     assert (abs(counts[1:] - 1250) < 150).all()
     assert (np.diff((ids[:, 1:5] >= 0).astype(int), axis=1) <= 0).all()
-    with pytest.raises(DataError, match=r"2 sizes of bags for 3 tables"):
-        generate(tmp_path / "b", hots=(1, 4), **words)
+    for hots in ((1, 4), (1, 4, 0)):
+        with pytest.raises(DataError, match=r"bags of \[1, 4.* ids do not fit 3 tables"):
+            generate(tmp_path / "b", hots=hots, **words)
 
 
 def test_zipf_has_its_exponent():
