@@ -27,7 +27,7 @@ endif
 SEEDS := 0,1,2
 long-%: $(VENV)/dev.stamp
 	$(VENV)/bin/python bench/graph_quality.py $* --data $(GRAPHS)/$(or $(filter fb15k-237 wn18rr,$*),fb15k) \
-	  --runs runs/quality --seeds $(SEEDS) --out bench/results/graph_$(subst -,_,$*).json
+	  --runs runs/quality --seeds $(SEEDS) --out bench/results/graph_$*.json
 
 # As many processes as cores, four at most; tests/conftest.py says what stays in one of them.
 PYTEST := $(RUN) pytest -q -n auto --maxprocesses 4

@@ -10,7 +10,6 @@ tables.apply(rate)
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from puna.recsys.placement import EVERYWHERE, Shard
 from puna.recsys.table_store import TableStore
 from puna.recsys.threads import Team
 from puna.recsys.wires import Block
+from puna.sparse.hashing import key_of
 from puna.train.task import Rows, State
 
 Ints = npt.NDArray[np.int64]
@@ -95,7 +95,7 @@ class Tables:
         self.flat = np.empty(self._offsets[-1], np.float32)
         self.sums = np.zeros(self._sum_offsets[-1] if adagrad else 0, np.float32)
         for shard, part in zip(held, self.arrays(), strict=True):
-            key = np.uint64(_key(seed, shard.table))
+            key = np.uint64(key_of(seed, shard.table))
             scale = 1 / np.sqrt(max(self.rows[shard.table], 1))
             lookups.fill_uniform(key, shard.first_row, shard.first_col, scale, part)
         self._stores = self._make_stores(run, held) if run else {}
@@ -185,7 +185,7 @@ class Tables:
 
         def block(n: int, rows: int, width: int, owner: int, user: int) -> Block:
             table = self.shards[n].table
-            mark = _key(seed, n, owner, user) if backward[table] else 0
+            mark = key_of(seed, n, owner, user) if backward[table] else 0
             known = not self.bags[table] and (forward[table] or backward[table])
             ids = self._ids(lookup, n, user) if known else None
             return Block(rows, width, forward[table], backward[table], mark, ids, ids if self.distinct else None)
@@ -413,8 +413,3 @@ def _starts(blocks: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[Ints, int
             starts[p, n] = at
             at += rows * width
     return starts, at
-
-
-def _key(*parts: int) -> int:
-    """63 bits that are a function of the parts."""
-    return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little") >> 1

@@ -23,9 +23,10 @@ from puna.recsys.config import DlrmConfig, ExchangeConfig
 from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import figures
 from puna.recsys.placement import loads, place
-from puna.recsys.tables import Lookup, Tables, _key
+from puna.recsys.tables import Lookup, Tables
 from puna.recsys.threads import Team, keep_memory
 from puna.recsys.wires import make_wire
+from puna.sparse.hashing import key_of
 from puna.train import mesh
 from puna.train.config import ScheduleConfig, TrainConfig
 from puna.train.order import permute
@@ -97,7 +98,7 @@ class DlrmTask(GradientTask):
         self.total = min(config.samples or whole, whole) // config.batch * config.batch
         keep_memory()
         self.team = Team()
-        torch.manual_seed(_key(seed, 0))
+        torch.manual_seed(key_of(seed, 0))
         self.model = Dlrm(config, len(clicks.dense), len(self.rows), self.team)
         super().__init__(
             {"model": self.model},
@@ -208,7 +209,7 @@ class DlrmTask(GradientTask):
             terms = {"step": batch.step, "codec": self.exchange_config.codec}
             terms |= {f"bound of {name}": bound for name, bound in zip(self.clicks.tables, forward, strict=True)}
             terms |= {"bound of gradients": backward[0]}
-        blocks = tables.blocks(batch.lookup, forward, backward, _key(self.seed, 1, batch.step))
+        blocks = tables.blocks(batch.lookup, forward, backward, key_of(self.seed, 1, batch.step))
         sent = tables.gather(batch.lookup)
         if self.bounds.observing:
             self._observe(batch.lookup, sent)

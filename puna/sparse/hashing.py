@@ -1,5 +1,6 @@
 """Hashes in kernels: of 64 bits, and of text in 128."""
 
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,8 @@ def _hash(data: Any, start: int, end: int, seed: Any) -> Any:
             state = mix(state ^ word) + seed
             word, filled = np.uint64(0), 0
     return mix(mix(state ^ word) + seed)
+
+
+def key_of(*parts: int) -> int:
+    """63 bits that are a function of the parts."""
+    return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little") >> 1
