@@ -17,7 +17,7 @@ from trainers import NUM_HELD_OUT, VALUES, Assembled, alone, communities, job, m
 from puna.errors import DeviceError, NonFinite, RankFailed, RanksDiffer
 from puna.graph.door import Door, Event, Guest
 from puna.graph.graph import Graph
-from puna.graph.links import Link, Lost, Meeting
+from puna.graph.links import JOIN_SECONDS, Link, Lost, Meeting
 from puna.graph.locks import Locks
 from puna.graph.parameters import ParameterServer, SharedParameters
 from puna.graph.serving import GraphServer
@@ -263,12 +263,12 @@ def test_rates_and_draws_are_those_of_one_process(graph, tmp_path):
 # --- links and parameters -------------------------------------------------------------------------------------------
 
 
-def linked(tmp_path, name, serve):
-    """This process's end of a link, whose other end a thread serves."""
+def linked(tmp_path, name, serve, seconds=JOIN_SECONDS):
+    """This process's end of a link, whose other end a thread serves. seconds: longest wait of this end's sends."""
     meeting = meet(tmp_path)
     thread = threading.Thread(target=lambda: serve(Link(meeting.open(), name, 0)))
     thread.start()
-    return Link(meeting.open(), name, 1), thread
+    return Link(meeting.open(), name, 1, seconds), thread
 
 
 def test_changes_of_two_copies_add_up(tmp_path):
@@ -299,7 +299,8 @@ def test_changes_of_two_copies_add_up(tmp_path):
 
 
 def test_silence_ends_a_lease(tmp_path):
-    """Whoever does not exchange for so long is gone for the server, and learns of it."""
+    """Whoever does not exchange for so long is gone for the server, and learns of it: at once, or, where gloo misses
+    that the other end has closed, after the longest wait of a send."""
     found = []
 
     def serve(link):
@@ -307,7 +308,7 @@ def test_silence_ends_a_lease(tmp_path):
             ParameterServer([np.zeros(2, np.float32)], 0.3).serve(link)
         found.append(lost)
 
-    link, thread = linked(tmp_path, "silent", serve)
+    link, thread = linked(tmp_path, "silent", serve, seconds=10)
     shared = SharedParameters(link, [np.zeros(2, np.float32)])
     shared.exchange()
     thread.join(20)
