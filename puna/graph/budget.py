@@ -27,7 +27,8 @@ from puna.graph.graph import Graph, NodeType
 from puna.graph.layout import WHOLE, Layout
 from puna.graph.questions import EDGE_BYTES, worker_bytes
 from puna.graph.ranking import EVAL_NODES, EVAL_QUERIES
-from puna.graph.scores import BLOCK_BYTES, padded
+from puna.graph.scores import BLOCK_BYTES
+from puna.sparse.padding import padded
 
 PROCESS_BYTES = 500_000_000
 HELD = 4

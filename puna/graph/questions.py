@@ -21,15 +21,12 @@ from puna.graph import operators
 from puna.graph.config import PAIRED, GraphConfig
 from puna.graph.graph import Edges
 from puna.graph.losses import softmax_rows
-from puna.graph.scores import padded
 from puna.graph.tables import adagrad, adagrad_rows, add_rows, gather, number, scatter
 from puna.graph.worker import Part, Rates, Relations
+from puna.sparse.padding import padded
 
 ROWS = 512
 """Questions whose scores are in memory at once."""
-
-LANES = 16
-"""Rows of scores begin at multiples of so many numbers: MKL writes others a third more slowly."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +93,7 @@ EDGE_BYTES = 48
 
 def worker_bytes(config: GraphConfig, num_rows: int) -> int:
     """What one worker takes: the table's gradient, scores of a block, and vectors of a batch's questions."""
-    return 4 * (num_rows * config.dim + ROWS * padded(num_rows, LANES) + (config.batch_edges + 3 * ROWS) * config.dim)
+    return 4 * (num_rows * config.dim + ROWS * padded(num_rows) + (config.batch_edges + 3 * ROWS) * config.dim)
 
 
 class QuestionWorker:
@@ -107,7 +104,7 @@ class QuestionWorker:
         self.config, dim = config, config.dim
         self.code, self.paired = operators.CODES[config.operator], config.operator in PAIRED
         self.grads = torch.zeros(num_rows, dim)
-        self.scores = torch.empty(ROWS, padded(num_rows, LANES))
+        self.scores = torch.empty(ROWS, padded(num_rows))
         self.known, self.anchors, self.anchor_grads = torch.zeros(3, ROWS, dim).unbind()
         self.known_grads = np.zeros((config.batch_edges, dim), np.float32)
         self.relation_slots = np.full(num_relations, -1, np.int32)

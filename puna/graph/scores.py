@@ -22,6 +22,7 @@ from puna.graph import losses
 from puna.graph.config import Comparator, GraphConfig
 from puna.graph.losses import MASKED, row_loss
 from puna.sparse.compiled import kernel
+from puna.sparse.padding import padded
 
 DOT, COS, L2, SQUARED_L2 = range(4)
 CODES: dict[Comparator, int] = {"dot": DOT, "cos": COS, "l2": L2, "squared_l2": SQUARED_L2}
@@ -402,8 +403,3 @@ def room_for(config: GraphConfig, num_far: int) -> int:
     """Numbers that the scores of a block take, of a side at a time."""
     num_near = 0 if config.all_negs or config.merges else config.num_batch_negs
     return block_groups(config, num_far) * config.group_edges * (num_near + num_far)
-
-
-def padded(rows: int, group: int) -> int:
-    """Rows in whole groups."""
-    return -(-rows // group) * group

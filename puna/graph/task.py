@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,10 @@ from puna.graph.layout import Layout
 from puna.graph.partitions import Table
 from puna.graph.questions import Asked, Questions, QuestionWorker, cut
 from puna.graph.ranking import Scorer, draw_all, rank
-from puna.graph.scores import padded
 from puna.graph.worker import Part, Rates, Relations, Worker
 from puna.graph.workers import NUM_ALONE, Workers
+from puna.sparse.hashing import key_of
+from puna.sparse.padding import padded
 from puna.train.config import ScheduleConfig, TrainConfig
 from puna.train.schedule import Schedule
 from puna.train.task import Cursor, Json, Rows, State, StepReport, Task, Tensors
@@ -54,11 +54,6 @@ class Unit:
 Share = tuple[int, int, Bucket]
 Batch = Callable[[], Edges] | Callable[[], Questions]
 """Gathered by the worker that trains it."""
-
-
-def key_of(*parts: Any) -> int:
-    """64 bits that are a function of the parts."""
-    return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")
 
 
 def num_workers(num_threads: int) -> int:

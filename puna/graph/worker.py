@@ -17,9 +17,10 @@ from torch import Tensor
 from puna.graph import operators, scores
 from puna.graph.config import PAIRED, GraphConfig
 from puna.graph.graph import Bags, Edges
-from puna.graph.scores import Compared, Pairs, padded, prepare, restore, room_for
+from puna.graph.scores import Compared, Pairs, prepare, restore, room_for
 from puna.graph.tables import adagrad, draw_groups, gather, gather_bags, number, scatter, spread
 from puna.sparse.hashing import mix
+from puna.sparse.padding import padded
 
 Floats = npt.NDArray[np.float32]
 

@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from puna.recsys.clicks import COLUMNS, FORMAT_VERSION, MANIFEST
 from puna.recsys.figures import auc, log_loss
 from puna.recsys.importing import write_last
 from puna.sparse.compiled import exact_kernel
-from puna.sparse.hashing import mix
+from puna.sparse.hashing import key_of, mix
 from puna.train.hashed import Hashed
 
 CHUNK = 1 << 16
@@ -159,7 +158,7 @@ class _Truth:
 
     def _logits(self, dense: npt.NDArray[Any], ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float64]:
         out = dense @ self.slopes
-        _add_planted(ids, self.columns, np.uint64(_key(self.seed)), self.linear, self.pairs, out)
+        _add_planted(ids, self.columns, np.uint64(key_of(self.seed, "planted")), self.linear, self.pairs, out)
         return out
 
 
@@ -206,7 +205,3 @@ def _add_planted(ids: Any, columns: Any, key: Any, linear: float, pairs: float, 
         for k in range(VECTOR):
             total += vector[k] * vector[k]
         out[i] += pairs * (total - squares) / 2
-
-
-def _key(seed: int) -> int:
-    return int.from_bytes(blake2b(f"{seed}/planted".encode(), digest_size=8).digest(), "little")

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.recsys.network import padded
 from puna.recsys.threads import Team
 from puna.sparse.compiled import exact_kernel
+from puna.sparse.padding import padded
 
 _ZERO = np.float32(0)
 

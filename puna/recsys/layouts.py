@@ -1,7 +1,7 @@
 """What the columns of a click file are."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from puna.errors import DataError
 
@@ -83,10 +83,10 @@ def parse_columns(text: str, delimiter: str, positive: str, negative: str | None
         size = "1"
         if role == BAG:
             role, (name, _, size) = TABLE, name.rpartition(":")
-            if not name or not size.isdecimal() or int(size) < 1 or delimiter == BETWEEN:
+            if not name or not size.isdecimal() or int(size) < 2 or delimiter == BETWEEN:
                 raise DataError(
                     f"column {place} is described as {word!r}",
-                    f"Write bag:NAME:SIZE, the most values that a row has, parted by {BETWEEN!r}; fields by another.",
+                    f"Write bag:NAME:SIZE, 2 or more values parted by {BETWEEN!r} (fields by another), or table:NAME.",
                 )
         columns.append((role, name or (role if role in (LABEL, HOUR) else f"{role}{place}")))
         sizes.append(int(size))
@@ -97,4 +97,4 @@ def parse_columns(text: str, delimiter: str, positive: str, negative: str | None
             f"the columns {text} do not describe clicks",
             "Name one label, at least one table, at most one hour, and no name twice.",
         )
-    return Layout(layout.names, layout.roles, delimiter, positive, negative, tuple(sizes))
+    return replace(layout, positive=positive, negative=negative, sizes=tuple(sizes))

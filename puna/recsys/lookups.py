@@ -29,6 +29,16 @@ def fill_uniform(key: Any, first_row: int, first_col: int, scale: float, out: An
 
 
 @exact_kernel
+def _place(row: Any, keys: Any) -> Any:
+    """Where a row is in a table of hashes, or the free place where it would be."""
+    mask = np.uint64(keys.shape[0] - 1)
+    at = mix(np.uint64(row)) & mask
+    while keys[at] >= 0 and keys[at] != row:
+        at = (at + np.uint64(1)) & mask
+    return at
+
+
+@exact_kernel
 def find_distinct(
     ids: Any, columns: Any, cuts: Any, tables: Any, slices: Any, keep_all: bool, keys: Any, places: Any, distinct: Any,
     counts: Any, slots: Any, mine: int,
@@ -38,7 +48,6 @@ def find_distinct(
     The tables have one column each. keep_all: every sample counts as one of its own. keys, places: room for a table of
     hashes, a power of two of at least twice a slice; keys are -1 before and after.
     """
-    mask = np.uint64(keys.shape[0] - 1)
     for n in range(tables.shape[0]):
         t = tables[n]
         for m in range(slices.shape[0]):
@@ -51,9 +60,7 @@ def find_distinct(
                     distinct[t, begin + count] = wanted
                     count += 1
                 else:
-                    at = mix(np.uint64(wanted)) & mask
-                    while keys[at] >= 0 and keys[at] != wanted:
-                        at = (at + np.uint64(1)) & mask
+                    at = _place(wanted, keys)
                     if keys[at] < 0:
                         keys[at] = wanted
                         places[at] = count
@@ -180,7 +187,7 @@ def merge(
     sample's gradient is that of each of its ids. A row's terms are added in the order of slices, so that every rank
     that does this gets the same bits. keys: -1 before; keys, places: room for a table of hashes, a power of two.
     """
-    mask, found, width = np.uint64(keys.shape[0] - 1), 0, span[2]
+    found, width = 0, span[2]
     for p in range(starts.shape[0]):
         at = starts[p]
         for k in range(cuts[p], cuts[p] + counts[p]):
@@ -190,9 +197,7 @@ def merge(
                 if row < span[0] or row >= span[1]:
                     continue
                 sent = True
-                place = mix(np.uint64(row)) & mask
-                while keys[place] >= 0 and keys[place] != row:
-                    place = (place + np.uint64(1)) & mask
+                place = _place(row, keys)
                 if keys[place] < 0:
                     keys[place] = row
                     places[place] = found

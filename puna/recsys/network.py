@@ -15,14 +15,9 @@ from torch import Tensor, nn
 
 from puna.recsys.threads import Team
 from puna.sparse.compiled import exact_kernel, kernel
+from puna.sparse.padding import padded
 
-LANES = 16
 _ZERO = np.float32(0)
-
-
-def padded(width: int) -> int:
-    """The next multiple of 16."""
-    return -(-width // LANES) * LANES
 
 
 class Network(nn.Module):

@@ -209,14 +209,14 @@ def _parquet(path: Path, layout: Layout) -> Iterator[Block]:
         pieces, size = [], 0
         bounds = np.zeros((batch.num_rows, len(layout.names), 2), np.int64)
         for name in wanted:
+            place = layout.names.index(name)
             values = batch.column(name)
             if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
-                values = pc.binary_join(values.cast(pa.list_(pa.string())), BETWEEN)
+                values = _joined(path, name, values, bool(layout.sizes) and layout.sizes[place] > 1)
             values = pc.fill_null(values.cast(pa.large_string()), "")
             _, offsets, data = values.buffers()
             ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1]
             text = np.frombuffer(data, np.uint8)[: ends[-1]] if data else np.empty(0, np.uint8)
-            place = layout.names.index(name)
             bounds[:, place, 0], bounds[:, place, 1] = size + ends[:-1], size + ends[1:]
             pieces.append(text)
             size += len(text)
@@ -224,3 +224,19 @@ def _parquet(path: Path, layout: Layout) -> Iterator[Block]:
         data.flags.writeable = False
         yield Block(path, data, bounds, np.arange(first, first + batch.num_rows))
         first += batch.num_rows
+
+
+def _joined(path: Path, name: str, lists: Any, is_bag: bool) -> Any:
+    """Lists of a Parquet column as the text of bags. Raises DataError where it is no bag, or a value would be two."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not is_bag:
+        raise DataError(
+            f"{path}, column {name}: it holds lists", f"Describe it as bag:{name}:SIZE with the most values of a row."
+        )
+    lists = lists.cast(pa.list_(pa.string()))
+    texts = pc.fill_null(lists.values, "")
+    if pc.any(pc.match_substring(texts, BETWEEN)).as_py():
+        raise DataError(f"{path}, column {name}: a value has {BETWEEN!r} in it", "Write another sign in its place.")
+    return pc.binary_join(pa.ListArray.from_arrays(lists.offsets, texts), BETWEEN)

@@ -27,12 +27,12 @@ class PooledExchange(nn.Module):
     """(global batch, widths of this rank's tables) -> (own batch, widths of all); an awaitable, as TorchRec has it."""
 
     def __init__(
-        self, exchange: Exchange, widths: Sequence[Sequence[int]], bound: float, back: float, then: Sequence[Then] = ()
+        self, exchange: Exchange, widths: Sequence[Sequence[int]], bound: float, back: float, then: Sequence[Then]
     ) -> None:
         """widths: by rank, of each of its tables, or pieces of tables. then: what is done with what has arrived."""
         super().__init__()
-        self.then = then
-        self.exchange, self.widths, self.bound, self.back, self.calls = exchange, widths, bound, back, 0
+        self.exchange, self.widths, self.bound, self.back, self.then = exchange, widths, bound, back, then
+        self.calls = 0
 
     def forward(self, pooled: Tensor, batch_size_per_rank: list[int] | None = None) -> Awaitable[Tensor]:
         """Sends at once; what waits for the awaitable meanwhile computes."""
@@ -81,7 +81,8 @@ def compress(model: nn.Module, *, bound: float = 0.02, back: float = 0.0, codec:
     """Put an `Exchange` in the place of every exchange of pooled embeddings of tables that are whole or cut by columns.
 
     bound, back: largest error of a table's vectors and of their gradients, which are rounded without bias, over the
-    range of what one rank sends another; 0: float32. Returns the exchanges, which count their traffic.
+    range of what one rank sends another; 0: float32. Batches have one size for all features. Returns the exchanges,
+    which count their traffic.
     Raises RecipeError where the model has none to replace.
     """
     found = []

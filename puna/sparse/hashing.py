@@ -46,6 +46,6 @@ def _hash(data: Any, start: int, end: int, seed: Any) -> Any:
     return mix(mix(state ^ word) + seed)
 
 
-def key_of(*parts: int) -> int:
-    """63 bits that are a function of the parts."""
-    return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little") >> 1
+def key_of(*parts: Any) -> int:
+    """64 bits that are a function of the parts."""
+    return int.from_bytes(blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest(), "little")

@@ -95,7 +95,7 @@ def test_bags_by_hash_by_id_and_by_maps(tmp_path):
 
 def test_lists_of_parquet_are_bags(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    table = {"label": [1, 0, 0], "tags": [["a", "b", "a"], [], None], "shop": ["x", "y", "x"]}
+    table = {"label": [1, 0, 0], "tags": [["a", None, "b", "a"], [], None], "shop": ["x", "y", "x"]}
     pq.write_table(pa.table(table), tmp_path / "clicks.parquet")
     import_clicks({"train": [tmp_path / "clicks.parquet"]}, tmp_path / "out", BAGS)
     assert everything(Clicks.open(tmp_path / "out")).ids.tolist() == [[1, 2, 1, 1], [-1, -1, -1, 2], [-1, -1, -1, 1]]
@@ -105,10 +105,21 @@ def test_lists_of_parquet_are_bags(tmp_path):
     assert everything(Clicks.open(tmp_path / "numbers")).ids[:, :3].tolist() == [[7, 5, -1], [5, -1, -1], [-1, -1, -1]]
 
 
+def test_lists_that_are_no_bags_are_named(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "clicks.parquet"
+    pq.write_table(pa.table({"label": [1], "tags": [["a|b"]], "shop": [["x"]]}), path)
+    with pytest.raises(DataError, match=r"clicks.parquet, column tags: a value has '\|' in it"):
+        import_clicks({"train": [path]}, tmp_path / "out", BAGS)
+    pq.write_table(pa.table({"label": [1], "tags": [["a"]], "shop": [["x"]]}), path)
+    with pytest.raises(DataError, match=r"clicks.parquet, column shop: it holds lists\. Describe it as bag:shop:SIZE"):
+        import_clicks({"train": [path]}, tmp_path / "out", BAGS)
+
+
 def test_mistakes_around_bags_are_named(tmp_path):
     with pytest.raises(DataError, match=r"clicks.csv, line 2, column tags: 'a\|b\|c\|d' has more than 3 values"):
         bring(tmp_path, ["1,a,x", "0,a|b|c|d,y"], BAGS)
-    for words, delimiter in (("label,bag:tags", ","), ("label,bag:tags:0", ","), ("label,bag:tags:2", "|")):
+    for words, delimiter in (("label,bag:tags", ","), ("label,bag:tags:1", ","), ("label,bag:tags:2", "|")):
         with pytest.raises(DataError, match=r"column 2 is described as 'bag:tags"):
             parse_columns(words, delimiter, "1", "0")
 

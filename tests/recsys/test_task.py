@@ -224,27 +224,22 @@ def test_mistakes_are_named(planted, tmp_path):
         task_of(planted, exchange={"classes": ("tight",)})
 
 
-def test_an_id_beyond_its_table_is_named(planted, tmp_path):
-    folder = tmp_path / "clicks"
-    shutil.copytree(planted.folder, folder)
-    ids = np.memmap(folder / "ids", "<i4", "r+").reshape(-1, 5)
-    ids[70, 1] = 3
+@pytest.mark.parametrize(
+    ("kind", "column", "wrong", "words"),
+    [
+        ("planted", 1, 3, r"column C2: the id 3 is beyond its table of 3 rows"),
+        ("planted", 1, -1, r"column C2: the id -1 is beyond its table of 3 rows"),
+        ("bagged", 7, 40, r"column C3: the id 40 is beyond its table of 40 rows"),
+        ("bagged", 7, -2, r"column C3: the id -2 is beyond its table of 40 rows"),
+    ],
+)
+def test_an_id_beyond_its_table_is_named(kind, column, wrong, words, request, tmp_path):
+    clicks, folder = request.getfixturevalue(kind), tmp_path / "clicks"
+    shutil.copytree(clicks.folder, folder)
+    ids = np.memmap(folder / "ids", "<i4", "r+").reshape(-1, sum(clicks.hots))
+    ids[70, column] = wrong
     ids.flush()
-    task = task_of(Clicks.open(folder), shuffle=False)
-    with pytest.raises(DataError, match=r"ids, sample 70, column C2: the id 3 is beyond its table of 3 rows"):
-        steps(task, 1)
-    ids[70, 1] = -1
-    with pytest.raises(DataError, match=r"sample 70, column C2: the id -1 is beyond its table of 3 rows"):
-        steps(task, 1)
-
-
-def test_an_id_of_a_bag_beyond_its_table_is_named(bagged, tmp_path):
-    folder = tmp_path / "clicks"
-    shutil.copytree(bagged.folder, folder)
-    ids = np.memmap(folder / "ids", "<i4", "r+").reshape(-1, 12)
-    ids[70, 7] = 40
-    ids.flush()
-    with pytest.raises(DataError, match=r"ids, sample 70, column C3: the id 40 is beyond its table of 40 rows"):
+    with pytest.raises(DataError, match=rf"ids, sample 70, {words}"):
         steps(task_of(Clicks.open(folder), shuffle=False), 1)
 
 
