@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from puna.llama.attention_products import causal_products, document_starts
+
 TILE = 128
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -41,9 +43,9 @@ class Mask:
         return seen
 
     def attend(self, length: int, device: torch.device) -> Attend:
-        """The back end for rows of `length` tokens: by document on a CPU, else SDPA, its mask explicit if need be."""
+        """The back end for rows of `length` tokens: causal ones on a CPU, else SDPA, its mask explicit if need be."""
         if device.type == "cpu" and self.causal and self.prefix is None:
-            return by_document(None if self.documents is None else segment_lengths(self.documents))
+            return on_cpu(self.documents)
         if self.documents is None and self.prefix is None:
             causal = self.causal
             return lambda query, key, value: sdpa(query, key, value, causal=causal)
@@ -67,6 +69,19 @@ def segment_lengths(documents: Tensor) -> list[int]:
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
     edges = torch.nonzero(starts.flatten()).flatten()
     return torch.diff(edges, append=edges.new_tensor([documents.numel()])).tolist()
+
+
+def on_cpu(documents: Tensor | None) -> Attend:
+    """Causal attention on a CPU within documents (B, L), by what is fastest for the dtype of the queries."""
+    by_flash = by_document(None if documents is None else segment_lengths(documents))
+    starts = None if documents is None else document_starts(documents)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if query.dtype == torch.bfloat16:
+            return causal_products(query, key, value, starts)
+        return by_flash(query, key, value)
+
+    return attend
 
 
 def by_document(lengths: list[int] | None) -> Attend:

@@ -9,6 +9,8 @@ IGNORED = -100
 CHUNK_BYTES = 1 << 26
 MIN_CHUNK = 512
 """Tokens below which adding to the weight's gradient would cost more than the products themselves."""
+PIECE_BYTES = 1 << 23
+"""Of the float32 logits that softmax works on at a time on a CPU: in its caches, and in memory that is not new."""
 
 
 def token_loss_sum(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -37,19 +39,13 @@ class _TokenLossSum(torch.autograd.Function):
         buffer = hidden.new_empty(min(chunk, len(targets)), weight.shape[0])
         for start in range(0, len(targets), chunk):
             span = slice(start, start + chunk)
-            picked = targets[span, None]
-            logits = torch.mm(hidden[span], weight.T, out=buffer[: len(picked)]).to(exact)
-            torch.log_softmax(logits, dim=-1, out=logits)
-            total -= logits.gather(1, picked).sum()
-            if not (need_hidden or need_weight):
-                continue
-            slope = logits.exp_()
-            slope.scatter_add_(1, picked, slope.new_full((), -1).expand_as(picked))
-            slope = slope.to(hidden.dtype)
+            logits = buffer[: len(targets[span])]
+            torch.mm(hidden[span], weight.T, out=logits)
+            total += to_slopes(logits, targets[span, None])
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[span])
+                torch.mm(logits, weight, out=grad_hidden[span])
             if grad_weight is not None:
-                add_product(grad_weight, slope.T, hidden[span])
+                add_product(grad_weight, logits.T, hidden[span])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -63,6 +59,30 @@ class _TokenLossSum(torch.autograd.Function):
             None,
             None,
         )
+
+
+def to_slopes(logits: Tensor, picked: Tensor) -> Tensor:
+    """Sum over rows of -log softmax(logits)[picked], in float32; logits (n, V) become its gradient by them."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    if exact == logits.dtype:
+        return _to_slopes(logits, picked)
+    num_rows = len(logits)
+    if logits.device.type == "cpu":
+        num_rows = min(num_rows, max(1, PIECE_BYTES // (logits.shape[1] * exact.itemsize)))
+    total = torch.zeros((), dtype=exact, device=logits.device)
+    scratch = logits.new_empty(num_rows, logits.shape[1], dtype=exact)
+    for piece, chosen in zip(logits.split(num_rows), picked.split(num_rows), strict=True):
+        slopes = scratch[: len(piece)].copy_(piece)
+        total += _to_slopes(slopes, chosen)
+        piece.copy_(slopes)
+    return total
+
+
+def _to_slopes(logits: Tensor, picked: Tensor) -> Tensor:
+    torch.log_softmax(logits, dim=-1, out=logits)
+    total = -logits.gather(1, picked).sum()
+    logits.exp_().scatter_add_(1, picked, logits.new_full((), -1).expand_as(picked))
+    return total
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from puna.errors import ShardingError
 from puna.llama.model import Llama
+from puna.train.casting import cast_in_forward
 from puna.train.sharding import refuse_shared
 
 Layout = Literal["root", "ends"]
@@ -30,6 +31,7 @@ KEPT_BY_SELECTIVE = frozenset(
         torch.ops.aten.bmm.default,
         torch.ops.aten._scaled_dot_product_flash_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.puna.causal_products.default,
         torch.ops.aten._scaled_dot_product_efficient_attention.default,
     }
 )
@@ -49,19 +51,24 @@ def spread(
     reduce_dtype: torch.dtype = torch.float32,
     offload: bool = False,
 ) -> None:
-    """Recompute, compile and shard `model` in place, over the data-parallel `mesh` (None: not sharded, float32).
+    """Recompute, compile and shard `model` in place, over the data-parallel `mesh` (None: not sharded).
 
     reshard_after_forward: free each unit after its forward (full shard) or not (grad-op); reshard_last: the last one
     too, which backward needs at once. layout: see `units`. prefetch: gather the next unit early never, in backward
     (PyTorch's default), or in forward too. reduce_dtype: of gradients on the wire. offload: shards live on the CPU.
-    Raises ShardingError for a parameter of two units.
+    Raises ShardingError for a parameter of two units, ValueError for recompute below float32 without a mesh: what runs
+    again in backward is outside of `cast_in_forward`.
     """
+    if mesh is None and dtype != torch.float32 and recompute != "none":
+        raise ValueError(f"recompute {recompute} in {dtype} needs a mesh, be it of one process")
     for block in model.model.layers.values():
         if recompute != "none":
             _recompute(block, selective=recompute == "selective")
         if compile:
             block.compile()
     if mesh is None:
+        if dtype != torch.float32:
+            cast_in_forward(model, dtype)
         return
     parts = units(model, layout)
     refuse_shared(parts)

@@ -22,6 +22,7 @@ from puna.train import mesh
 from puna.train.clipping import SpamClip, ZClip
 from puna.train.config import EvalConfig, HealthConfig, MeshConfig, ScheduleConfig, TrainConfig
 from puna.train.logits import measured
+from puna.train.memory import keep_freed_memory
 from puna.train.mesh import Compute, Mesh
 from puna.train.optim import Average, LossScale, make_optimizers
 from puna.train.schedule import Schedule
@@ -154,8 +155,10 @@ def make_model(
     config: LlamaConfig, train: TrainConfig, sharding: MeshConfig, seed: int, place: Mesh, compute: Compute
 ) -> Llama:
     """The model with fresh weights: built on meta, spread, then materialised shard by shard and drawn from the seed."""
+    if place.device.type == "cpu":
+        keep_freed_memory()
     model = build(config)
-    alone = place.world_size == 1 and compute.dtype == torch.float32
+    alone = place.world_size == 1 and (compute.dtype == torch.float32 or train.recompute == "none")
     spread(
         model,
         None if alone else place.data_parallel,

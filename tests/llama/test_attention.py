@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from puna.llama import attention
+from puna.llama import attention, attention_products
 from puna.llama.attention import Mask, by_document, sdpa, segment_lengths, tiles
+from puna.llama.attention_products import causal_products, document_starts
 
 DOCUMENTS = torch.tensor([[4, 4, 4, 5, 5, 6, 6, 6, 6, 6], [1, 1, 1, 1, 1, 1, 1, 1, 2, 9]])
 
@@ -75,23 +76,53 @@ def test_tiles_cover_the_triangle_once(length):
     assert torch.equal(covered, torch.ones_like(covered).tril())
 
 
-def test_bfloat16_is_near_float32():
-    inputs = heads(dtype=torch.float32)
-    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs]
+@pytest.mark.parametrize("tile", [1, 2, 3, 4, 100])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole rows", "documents"])
+@pytest.mark.parametrize("score_bytes", [1, 1 << 22], ids=["a row", "all rows"])
+def test_products_equal_attention_written_out(tile, num_kv_heads, documents, score_bytes, monkeypatch):
+    monkeypatch.setattr(attention_products, "TILE", tile)
+    monkeypatch.setattr(attention_products, "SCORE_BYTES", score_bytes)
+    inputs, mask = heads(num_kv_heads=num_kv_heads), Mask(documents=documents)
     grad = torch.randn_like(inputs[0])
-    mixed, attend = [], by_document([13, 7])
-    for each in (inputs, halves):
-        out = attend(*each)
-        mixed.append([out, *torch.autograd.grad(out, each, grad.to(out.dtype))])
-    for exact, half in zip(*mixed, strict=True):
+    mixed = causal_products(*inputs, None if documents is None else document_starts(documents))
+    wanted = by_hand(*inputs, rule(mask))
+    torch.testing.assert_close(mixed, wanted)
+    gradients = torch.autograd.grad(mixed, inputs, grad)
+    torch.testing.assert_close(gradients, torch.autograd.grad(wanted, inputs, grad))
+
+
+def test_products_are_an_operator_that_can_be_traced():
+    for starts in (None, document_starts(DOCUMENTS)):
+        checks = torch.library.opcheck(causal_products, (*heads(), starts))
+        assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole rows", "documents"])
+def test_bfloat16_goes_by_products_and_is_near_float32(documents, monkeypatch):
+    monkeypatch.setattr(attention, "flash", None)
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in heads(dtype=torch.float32)]
+    inputs = [half.detach().float().requires_grad_() for half in halves]
+    grad = torch.randn_like(halves[0])
+    mixed = Mask(documents=documents).attend(10, torch.device("cpu"))(*halves)
+    wanted = by_hand(*inputs, rule(Mask(documents=documents)))
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), wanted, atol=0.03, rtol=0.03)
+    exact = torch.autograd.grad(wanted, inputs, grad.float())
+    for half, full in zip(torch.autograd.grad(mixed, halves, grad), exact, strict=True):
         assert half.dtype == torch.bfloat16
-        torch.testing.assert_close(half.float(), exact, atol=0.05, rtol=0.05)
+        torch.testing.assert_close(half.float(), full, atol=0.05, rtol=0.05)
 
 
 def test_by_document_equals_the_explicit_mask():
     inputs = heads()
     explicit = sdpa(*inputs, seen=Mask(documents=DOCUMENTS).visible(torch.arange(10)[None], 10))
     torch.testing.assert_close(by_document(segment_lengths(DOCUMENTS))(*inputs), explicit)
+
+
+def test_a_document_starts_where_its_id_does():
+    assert document_starts(DOCUMENTS).tolist() == [[0, 0, 0, 3, 3, 5, 5, 5, 5, 5], [0] * 8 + [8, 9]]
+    assert document_starts(torch.tensor([[7, 8, 7]])).tolist() == [[0, 1, 2]]
 
 
 def test_segments_end_at_rows_even_if_ids_go_on():

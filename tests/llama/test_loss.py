@@ -105,3 +105,23 @@ def test_extreme_logits_stay_finite():
 def test_target_outside_the_vocabulary_is_refused():
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         token_loss_sum(torch.ones(1, 2), torch.ones(3, 2), torch.tensor([3]))
+
+
+def test_bfloat16_goes_by_pieces_in_float32(monkeypatch):
+    hidden, weight, targets = (t.detach().bfloat16() if t.is_floating_point() else t for t in inputs())
+    found = []
+    for piece_bytes in (1, 5 * 11 * 4, 1 << 20):
+        monkeypatch.setattr(loss, "PIECE_BYTES", piece_bytes)
+        halves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        total = token_loss_sum(*halves, targets)
+        found.append([total, *torch.autograd.grad(total, halves)])
+    exact = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    wanted = naive(*exact, targets)
+    for total, *gradients in found:
+        assert total.dtype == torch.float32
+        torch.testing.assert_close(total.double(), wanted, rtol=3e-3, atol=0)
+        for half, full, first in zip(
+            gradients, torch.autograd.grad(wanted, exact, retain_graph=True), found[0][1:], strict=True
+        ):
+            assert torch.equal(half, first)
+            torch.testing.assert_close(half.double(), full, atol=0.02, rtol=0.02)

@@ -108,3 +108,34 @@ def test_offload_keeps_shards_on_the_cpu(place: Mesh) -> None:
     spread(made, place.data_parallel, dtype=torch.float32, offload=True)
     found, wanted = gradients(made), gradients(model())
     torch.testing.assert_close(found["lm_head.weight"], wanted["lm_head.weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_casts_in_a_forward_are_the_mixed_precision_of_one_rank(place: Mesh, tied: bool) -> None:
+    config = CONFIG.model_copy(update={"tie_embeddings": tied})
+    cast, sharded = model(config), model(config)
+    spread(cast, None, dtype=torch.bfloat16)
+    spread(sharded, place.data_parallel, dtype=torch.bfloat16)
+    before = dict(cast.named_parameters())
+    for _ in range(2):
+        found, wanted = gradients(cast), gradients(sharded)
+        for name, value in wanted.items():
+            assert (found[name] - value).abs().max() < 0.01 * value.abs().max(), name
+        assert {value.dtype for value in found.values()} == {torch.float32}
+    assert all(p is before[name] for name, p in cast.named_parameters())
+    exact = gradients(model(config))["loss"]
+    assert 0 < (gradients(cast)["loss"] - exact).abs() < 0.01 * exact
+
+
+def test_a_forward_that_fails_leaves_the_parameters() -> None:
+    made = model()
+    spread(made, None, dtype=torch.bfloat16)
+    with pytest.raises(IndexError):
+        made(torch.tensor([[40]]))
+    assert all(isinstance(p, torch.nn.Parameter) for p in made.parameters())
+    assert len(list(made.parameters())) == len(list(model().parameters()))
+
+
+def test_casts_and_recompute_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="recompute full in .* needs a mesh"):
+        spread(model(), None, dtype=torch.bfloat16, recompute="full")
