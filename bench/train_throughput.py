@@ -3,9 +3,10 @@
     python bench/train_throughput.py --json
 
 Shape: dim 512, 8 layers, 8 heads, 4 key-value heads, feed-forward 1,408, vocabulary 8,192, untied; sequence 512,
-batch 8, AdamW (fused), no clipping. Sides: transformers eager and compiled, Puna eager and compiled. Matrix FLOPs per
-token follow LlamaConfig.flops_per_token; the matrix rate is torch's own product of 4,096 x 512 by 512 x 1,408, measured
-in the same run.
+batch 8, AdamW (fused), no clipping. Sides: transformers eager and compiled, Puna eager and compiled; the two projects
+in a process each, so that what Puna does to its own (it keeps freed memory) does nothing for the other;
+--keep-freed-memory gives the other that too. One side computes at a time. Matrix FLOPs per token follow
+LlamaConfig.flops_per_token; the matrix rate is torch's own product of 4,096 x 512 by 512 x 1,408, in the same run.
 A dtype whose matrices multiply slower than float32's is not run (its keys are null) and the reason is printed.
 Then one process with two threads against two processes with one thread each under FSDP2, whole runs alternated.
 """
@@ -19,6 +20,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import Any
 
 import machine
@@ -30,6 +34,7 @@ from puna.llama.model import Llama
 from puna.llama.packing import Batch
 from puna.llama.pretrain import Step, make_model
 from puna.train.config import MeshConfig, RunConfig, TrainConfig
+from puna.train.memory import keep_freed_memory
 from puna.train.mesh import Compute, Mesh, open_mesh
 from puna.train.optim import make_optimizers
 from puna.train.task import Cursor, GradientTask
@@ -41,7 +46,7 @@ SHAPE = LlamaConfig(
 SEQ_LEN, BATCH, LR = 512, 8, 1e-4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOSS_TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2}
-TokenBatches = list[Tensor]
+OURS, PEERS = ("puna", "puna_compiled"), ("transformers", "transformers_compiled")
 
 
 class Bench(GradientTask):
@@ -119,18 +124,35 @@ def spread_of(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def compare(dtype: str, num_steps: int, place: Mesh) -> dict[str, Any]:
+def serve_peer(link: Connection, dtype: str, keep: bool) -> None:
+    """A process of transformers: takes weights, then (side, tokens) after one another, and answers with the loss."""
+    torch.set_num_threads(2)
+    if keep:
+        keep_freed_memory()
+    state = link.recv()
+    sides = {name: transformers_side(dtype, name.endswith("compiled"), state) for name in PEERS}
+    while (order := link.recv()) is not None:
+        link.send(sides[order[0]](order[1]))
+
+
+def compare(dtype: str, num_steps: int, place: Mesh, keep: bool) -> dict[str, Any]:
     """Alternate the four sides for `num_steps` steps; the first two of each are not timed."""
     torch.manual_seed(0)
     batches = [torch.randint(SHAPE.vocab_size, (BATCH, SEQ_LEN)) for _ in range(num_steps)]
     sides: dict[str, Callable[[Tensor], float]] = {}
-    for compiled in (False, True):
-        sides["puna_compiled" if compiled else "puna"], model = puna_side(dtype, compiled, place)
-        if not compiled:
-            state = {name: whole(tensor).clone() for name, tensor in model.state_dict().items()}
-    for compiled in (False, True):
-        name = "transformers_compiled" if compiled else "transformers"
-        sides[name] = transformers_side(dtype, compiled, state)
+    for name in OURS:
+        sides[name], model = puna_side(dtype, name.endswith("compiled"), place)
+    context = get_context("spawn")
+    link, far = context.Pipe()
+    peer = context.Process(target=serve_peer, args=(far, dtype, keep), daemon=True)
+    peer.start()
+    link.send({name: tensor.clone() for name, tensor in model.state_dict().items()})
+
+    def ask(name: str, tokens: Tensor) -> float:
+        link.send((name, tokens))
+        return link.recv()
+
+    sides |= {name: partial(ask, name) for name in PEERS}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     losses: dict[str, list[float]] = {name: [] for name in sides}
     peaks = []
@@ -142,6 +164,8 @@ def compare(dtype: str, num_steps: int, place: Mesh) -> dict[str, Any]:
         peaks.append(matrix_rate(DTYPES[dtype], 0.2))
         shown = "  ".join(f"{name} {BATCH * SEQ_LEN / spent[-1]:,.0f}" for name, spent in seconds.items())
         print(f"{dtype} step {number + 1}/{num_steps}, tokens/s: {shown}", file=sys.stderr)
+    link.send(None)
+    peer.join()
     return figures(dtype, seconds, losses, peaks)
 
 
@@ -151,8 +175,8 @@ def figures(
     """Ratios of the pairs of steps, and whether the losses stayed together."""
     timed = {name: spent[2:] for name, spent in seconds.items()}
     rates = {name: spread_of([BATCH * SEQ_LEN / spent for spent in times]) for name, times in timed.items()}
-    ours = max(("puna", "puna_compiled"), key=lambda name: rates[name]["median"])
-    theirs = max(("transformers", "transformers_compiled"), key=lambda name: rates[name]["median"])
+    ours = max(OURS, key=lambda name: rates[name]["median"])
+    theirs = max(PEERS, key=lambda name: rates[name]["median"])
 
     def ratio(peer: str) -> dict[str, float]:
         return spread_of([b / a for a, b in zip(timed[ours], timed[peer], strict=True)])
@@ -169,11 +193,6 @@ def figures(
         "ratio_vs_best": ratio(theirs),
         "mfu_vs_measured_peak": rates[ours]["median"] * SHAPE.flops_per_token(SEQ_LEN) / peak,
     }  # fmt: skip
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def worker(num_steps: int) -> None:
@@ -227,6 +246,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of each side, two of them to warm up")
     parser.add_argument("--rounds", type=int, default=4, help="rounds of the FSDP2 comparison")
     parser.add_argument("--parts", nargs="+", default=["bf16", "fp32", "fsdp2"], choices=["bf16", "fp32", "fsdp2"])
+    parser.add_argument("--keep-freed-memory", action="store_true", help="in the process of transformers too")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -238,7 +258,7 @@ def main() -> None:
         slow = matrix_rate(torch.bfloat16) < matrix_rate(torch.float32)
         for dtype in ("bf16", "fp32"):
             if dtype in args.parts and not (dtype == "bf16" and slow):
-                parts[dtype] = compare(dtype, args.steps, place)
+                parts[dtype] = compare(dtype, args.steps, place, args.keep_freed_memory)
     if "fsdp2" in args.parts:
         parts["fsdp2"] = fsdp2(args.rounds, 8)
     bf16, fp32 = parts.get("bf16", {}), parts.get("fp32", {})

@@ -16,6 +16,7 @@ Size = Literal["given", "auto"]
 TypeNames = Annotated[tuple[str, ...], Field(strict=False)]
 
 RelationInit = Literal["identity", "random"]
+Products = Literal["fp32", "bf16"]
 PAIRED = ("complex_diagonal", "rotation")
 """Operators that read a vector as real parts, then imaginary parts."""
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([kKMGT]?)(i?)B")
@@ -82,6 +83,11 @@ class GraphConfig(Section):
         1, "chunks that share a draw of uniform and prevalence negatives; 0: all of a batch", "chunks", ge=0
     )
     all_negs: bool = setting(False, "every node of the partition is a negative, in place of the other three")
+    products: Products = setting(
+        "fp32",
+        "dtype of what scores and their gradients are multiplied in where edges are trained by question (all_negs with "
+        "softmax and dot); bf16 is for processors with instructions for it",
+    )
     lr: float = setting(0.1, "peak rate of row-wise Adagrad", gt=0)
     relation_lr: float = setting(0.0, "peak rate of the relations' Adagrad; 0: as lr", ge=0)
 
@@ -184,6 +190,15 @@ class GraphConfig(Section):
             raise ValueError(
                 "graph.num_batch_negs, graph.num_uniform_negs and graph.num_prevalence_negs leave no negative to learn "
                 "from; raise one of them, or set graph.all_negs"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _products_are_of_questions(self) -> "GraphConfig":
+        if self.products != "fp32" and not self.by_question:
+            raise ValueError(
+                f"graph.products is {self.products}, which only training by question can: set graph.all_negs with "
+                "graph.loss softmax and graph.comparator dot (no bias, no max_norm, reciprocal), or graph.products fp32"
             )
         return self
 

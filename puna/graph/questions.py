@@ -16,6 +16,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from puna.graph import operators
 from puna.graph.config import PAIRED, GraphConfig
@@ -27,6 +28,7 @@ from puna.sparse.padding import padded
 
 ROWS = 512
 """Questions whose scores are in memory at once."""
+HALF = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,48 @@ EDGE_BYTES = 48
 
 def worker_bytes(config: GraphConfig, num_rows: int) -> int:
     """What one worker takes: the table's gradient, scores of a block, and vectors of a batch's questions."""
-    return 4 * (num_rows * config.dim + ROWS * padded(num_rows) + (config.batch_edges + 3 * ROWS) * config.dim)
+    halves = 2 * num_rows * (2 * config.dim + ROWS) if config.products == "bf16" else 0
+    return halves + 4 * (num_rows * config.dim + ROWS * padded(num_rows) + (config.batch_edges + 3 * ROWS) * config.dim)
+
+
+class Products:
+    """The three matrix products of a block of Q questions, in float32."""
+
+    def take(self, table: Tensor) -> None:
+        """Candidates (N, D) of the blocks that follow."""
+        self.table = table
+
+    def score(self, anchors: Tensor, scores: Tensor) -> None:
+        """Anchors (Q, D) with every candidate, (Q, N)."""
+        torch.mm(anchors, self.table.T, out=scores)
+
+    def back(self, slopes: Tensor, anchors: Tensor, anchor_grads: Tensor, grads: Tensor, *, anew: bool) -> None:
+        """From slopes (Q, N) the gradients of anchors, and those of candidates: anew, or added to `grads`."""
+        torch.mm(slopes, self.table, out=anchor_grads)
+        torch.addmm(grads, slopes.T, anchors, beta=int(not anew), out=grads)
+
+
+class HalfProducts(Products):
+    """The same of bfloat16 copies; what they come to is float32 again."""
+
+    def __init__(self, num_rows: int, dim: int) -> None:
+        self.room, self.scores = torch.empty(num_rows, dim, dtype=HALF), torch.empty(ROWS * num_rows, dtype=HALF)
+
+    def take(self, table: Tensor) -> None:
+        """Candidates (N, D) of the blocks that follow."""
+        self.table = self.room[: len(table)].copy_(table)
+
+    def score(self, anchors: Tensor, scores: Tensor) -> None:
+        """Anchors (Q, D) with every candidate, (Q, N)."""
+        half = self.scores[: scores.numel()].view(scores.shape)
+        scores.copy_(torch.mm(anchors.to(HALF), self.table.T, out=half))
+
+    def back(self, slopes: Tensor, anchors: Tensor, anchor_grads: Tensor, grads: Tensor, *, anew: bool) -> None:
+        """From slopes (Q, N) the gradients of anchors, and those of candidates: anew, or added to `grads`."""
+        half = self.scores[: slopes.numel()].view(slopes.shape).copy_(slopes)
+        anchor_grads.copy_(half @ self.table)
+        product = half.T @ anchors.to(HALF)
+        grads.copy_(product) if anew else grads.add_(product)
 
 
 class QuestionWorker:
@@ -105,6 +148,7 @@ class QuestionWorker:
         self.code, self.paired = operators.CODES[config.operator], config.operator in PAIRED
         self.grads = torch.zeros(num_rows, dim)
         self.scores = torch.empty(ROWS, padded(num_rows))
+        self.products = HalfProducts(num_rows, dim) if config.products == "bf16" else Products()
         self.known, self.anchors, self.anchor_grads = torch.zeros(3, ROWS, dim).unbind()
         self.known_grads = np.zeros((config.batch_edges, dim), np.float32)
         self.relation_slots = np.full(num_relations, -1, np.int32)
@@ -146,6 +190,7 @@ class QuestionWorker:
         self.relation_grads[: self.num_relations] = 0
         self.known_grads[:num_questions] = 0
         table, loss = torch.from_numpy(guessed.vectors), 0.0
+        self.products.take(table)
         for start in range(0, num_questions, ROWS):
             loss += self._block(batch, slice(start, min(start + ROWS, num_questions)), known, table, relations)
         if self.config.n3:
@@ -153,7 +198,7 @@ class QuestionWorker:
         self.relation_slots[self.relation_unique[: self.num_relations]] = -1
         return loss
 
-    def _block(self, batch: Questions, own: slice, known: Part, table: torch.Tensor, relations: Relations) -> float:
+    def _block(self, batch: Questions, own: slice, known: Part, table: Tensor, relations: Relations) -> float:
         """Three products: scores, gradients of anchors, gradients of candidates (added up over blocks)."""
         count, grads = own.stop - own.start, self.grads[: len(table)]
         nodes, names = batch.nodes[own], batch.relations[own]
@@ -161,11 +206,10 @@ class QuestionWorker:
         scores, anchor_grads = self.scores[:count, : len(table)], self.anchor_grads[:count]
         gather(known.vectors, nodes, np.float32(0), vectors.numpy())
         operators.operate(self.code, vectors.numpy(), names, relations.table, anchors.numpy())
-        torch.mm(anchors, table.T, out=scores)
+        self.products.score(anchors, scores)
         starts = batch.starts[own.start : own.stop + 1]
         loss = float(softmax_rows(self.scores.numpy(), len(table), starts, batch.true, batch.weights))
-        torch.mm(scores, table, out=anchor_grads)
-        torch.addmm(grads, scores.T, anchors, beta=int(own.start > 0), out=grads)
+        self.products.back(scores, anchors, anchor_grads, grads, anew=own.start == 0)
         operators.operate_back(
             self.code, vectors.numpy(), names, relations.table, self.relation_slots, anchor_grads.numpy(),
             self.known_grads[own], self.relation_grads,

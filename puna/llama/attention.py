@@ -12,6 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from puna.llama.attention_products import causal_products, document_starts
 
 TILE = 128
+SHORT = 1024
+"""Tokens of a row of one document up to which products are faster than the flash kernel in float32 too."""
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -45,7 +47,7 @@ class Mask:
     def attend(self, length: int, device: torch.device) -> Attend:
         """The back end for rows of `length` tokens: causal ones on a CPU, else SDPA, its mask explicit if need be."""
         if device.type == "cpu" and self.causal and self.prefix is None:
-            return on_cpu(self.documents)
+            return on_cpu(self.documents, length)
         if self.documents is None and self.prefix is None:
             causal = self.causal
             return lambda query, key, value: sdpa(query, key, value, causal=causal)
@@ -71,13 +73,16 @@ def segment_lengths(documents: Tensor) -> list[int]:
     return torch.diff(edges, append=edges.new_tensor([documents.numel()])).tolist()
 
 
-def on_cpu(documents: Tensor | None) -> Attend:
-    """Causal attention on a CPU within documents (B, L), by what is fastest for the dtype of the queries."""
-    by_flash = by_document(None if documents is None else segment_lengths(documents))
+def on_cpu(documents: Tensor | None, length: int) -> Attend:
+    """Causal attention on a CPU in rows of `length` tokens, within documents (B, L), by what is fastest there."""
     starts = None if documents is None else document_starts(documents)
+    if starts is not None and not starts.any():
+        documents = starts = None
+    by_flash = by_document(None if documents is None else segment_lengths(documents))
+    is_short = starts is None and length <= SHORT
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if query.dtype == torch.bfloat16:
+        if is_short or query.dtype == torch.bfloat16:
             return causal_products(query, key, value, starts)
         return by_flash(query, key, value)
 

@@ -117,6 +117,22 @@ def test_gradients_are_autograds(operator, n3, monkeypatch):
             np.testing.assert_allclose(own, table.grad, rtol=2e-4, atol=2e-5)
 
 
+def test_products_of_bfloat16_are_near_those_of_float32(monkeypatch):
+    monkeypatch.setattr(questions, "ROWS", 4)
+    (head_part, tail_part), sides, edges = make(config_of(), 30)
+    for batch in batches_of(edges, 40):
+        known, guessed = (head_part, tail_part) if batch.side == 0 else (tail_part, head_part)
+        found = []
+        for products in ("fp32", "bf16"):
+            worker = QuestionWorker(config_of(products=products), NUM_RELATIONS, NUM_NODES)
+            loss = worker.differentiate(batch, known, guessed, sides[batch.side])
+            found.append((loss, worker.known_grads, worker.grads.numpy(), worker.relation_grads))
+        exact, near = found
+        assert 1e-6 < abs(near[0] / exact[0] - 1) < 0.01
+        for wanted, gradient in zip(exact[1:], near[1:], strict=True):
+            np.testing.assert_allclose(gradient, wanted, atol=0.02 * np.abs(wanted).max())
+
+
 def test_both_sides_are_what_is_computed_edge_by_edge():
     """The gradients of one batch edge by edge, which is of both sides, are the sum of the two batches of questions."""
     config = config_of(operator="complex_diagonal", n3=0.05)

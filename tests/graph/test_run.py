@@ -336,6 +336,7 @@ def test_a_graph_other_than_the_runs_is_refused(planted, tmp_path):
         (["--graph.operator", "translation", "--graph.relation_init", "random"], "translation has no angles or signs"),
         (["--graph.batch_edges", "55"], "graph.batch_edges is 55, no multiple of graph.num_batch_negs 10"),
         (["--graph.operator", "linear", "--graph.n3", "0.1"], "graph.n3 is set, but linear has matrices"),
+        (["--graph.products", "bf16"], "graph.products is bf16, which only training by question can: set graph.all_"),
         (
             ["--run.num_processes", "2", "--graph.num_partitions", "3"],
             "graph.num_partitions is 3, but 2 trainers need 4",

@@ -98,6 +98,17 @@ def test_products_are_an_operator_that_can_be_traced():
         assert set(checks.values()) == {"SUCCESS"}
 
 
+def test_rows_of_one_document_are_whole_rows(monkeypatch):
+    inputs, seen = heads(), []
+    monkeypatch.setattr(attention, "causal_products", lambda *args: seen.append(args[3]))
+    for documents in (torch.tensor([[3] * 10, [4] * 10]), None):
+        Mask(documents=documents).attend(10, torch.device("cpu"))(*inputs)
+    assert seen == [None, None]
+    monkeypatch.setattr(attention, "SHORT", 9)
+    assert Mask().attend(10, torch.device("cpu"))(*inputs).shape == (2, 10, 4, 8)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["whole rows", "documents"])
 def test_bfloat16_goes_by_products_and_is_near_float32(documents, monkeypatch):
     monkeypatch.setattr(attention, "flash", None)

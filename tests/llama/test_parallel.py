@@ -137,5 +137,5 @@ def test_a_forward_that_fails_leaves_the_parameters() -> None:
 
 
 def test_casts_and_recompute_do_not_go_together() -> None:
-    with pytest.raises(ValueError, match="recompute full in .* needs a mesh"):
+    with pytest.raises(ValueError, match=r"recompute full in .* needs a mesh"):
         spread(model(), None, dtype=torch.bfloat16, recompute="full")
