@@ -29,8 +29,8 @@ long-%: $(VENV)/dev.stamp
 	$(VENV)/bin/python bench/graph_quality.py $* --data $(GRAPHS)/$(or $(filter fb15k-237 wn18rr,$*),fb15k) \
 	  --runs runs/quality --seeds $(SEEDS) --out bench/results/graph_$*.json
 
-# As many processes as cores, four at most; tests/conftest.py says what stays in one of them.
-PYTEST := $(RUN) pytest -q -n auto --maxprocesses 4
+# As many processes as cores, four at most; tests/conftest.py says what stays in one of them, and what begins first.
+PYTEST := $(RUN) pytest -q -n auto --maxprocesses 4 --no-loadscope-reorder
 
 test: lint
 	$(PYTEST)

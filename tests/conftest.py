@@ -10,6 +10,9 @@ from xdist.scheduler import LoadScopeScheduling
 COMPILING = ("tests/graph/", "tests/recsys/")
 """Rooms whose kernels are compiled on first use: one process compiles them, not several at once."""
 
+LONG = (*COMPILING, "tests/system/", "tests/test_walk.py", "tests/train/test_health_shards.py", "tests/lab/")
+"""Begun first, so that at the end no process is left with one of them while the others have nothing to do."""
+
 
 class ByFile(LoadScopeScheduling):
     """Where tests run in several processes, those of a file stay together, and those of a compiling room."""
@@ -20,6 +23,10 @@ class ByFile(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.fixture(scope="session")
