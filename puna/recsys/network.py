@@ -50,9 +50,8 @@ class _Layers(torch.autograd.Function):
         weights = [_wide(weight.detach(), dtype, rows=True) for weight in parameters[::2]]
         values = [_wide(x.detach(), dtype)]
         for n, (weight, bias) in enumerate(zip(weights, parameters[1::2], strict=True)):
-            out = torch.mm(values[-1], weight.t())
-            _finish(out, _wide(bias.detach()[None], bias.dtype)[0], last or n < len(weights) - 1, team)
-            values.append(out)
+            wide = _wide(bias.detach()[None], dtype)[0]
+            values.append(_apply(values[-1], weight, wide, last or n < len(weights) - 1, team))
         ctx.save_for_backward(*values, *weights)
         ctx.rest = last, team, x.shape[1], [tuple(p.shape) for p in parameters[::2]]
         return values[-1][:, : len(parameters[-1])].float()
@@ -86,23 +85,23 @@ def _wide(x: Tensor, dtype: torch.dtype, *, rows: bool = False) -> Tensor:
     return out
 
 
-def _finish(out: Tensor, bias: Tensor, relu: bool, team: Team) -> None:
-    """out += bias, then ReLU, in place."""
-    if out.dtype != torch.float32:
-        out += bias
-        if relu:
-            out.relu_()
-        return
+def _apply(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, team: Team) -> Tensor:
+    """x weight^T + bias, then ReLU."""
+    if x.dtype != torch.float32:
+        out = torch.addmm(bias, x, weight.t())
+        return out.relu_() if relu else out
+    out = torch.mm(x, weight.t())
     array, numbers = out.numpy(), bias.numpy()
     team(lambda begin, end: _add_bias(array, numbers, relu, begin, end), len(array))
+    return out
 
 
 def _mask(change: Tensor, value: Tensor, relu: bool, team: Team) -> Tensor:
     """change = 0 where ReLU let nothing through, in place; its sums over samples, float32."""
     if change.dtype != torch.float32:
         if relu:
-            change *= value > 0
-        return change.sum(0, dtype=torch.float32)
+            torch.ops.aten.threshold_backward.grad_input(change, value, 0, grad_input=change)
+        return change.sum(0).float()
     sums = torch.zeros(team.size, change.shape[1])
     arrays, total = (change.numpy(), value.numpy()), sums.numpy()
     cuts = [len(change) * n // team.size for n in range(team.size + 1)]

@@ -24,11 +24,12 @@ from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import figures
 from puna.recsys.placement import loads, place
 from puna.recsys.tables import Lookup, Tables
-from puna.recsys.threads import Team, keep_memory
+from puna.recsys.threads import Team
 from puna.recsys.wires import make_wire
 from puna.sparse.hashing import key_of
 from puna.train import mesh
 from puna.train.config import ScheduleConfig, TrainConfig
+from puna.train.memory import keep_freed_memory
 from puna.train.order import permute
 from puna.train.phase import during
 from puna.train.schedule import Schedule
@@ -96,7 +97,7 @@ class DlrmTask(GradientTask):
         self.per_epoch = clicks.count("train") // config.batch
         whole = config.epochs * self.per_epoch * config.batch
         self.total = min(config.samples or whole, whole) // config.batch * config.batch
-        keep_memory()
+        keep_freed_memory()
         self.team = Team()
         torch.manual_seed(key_of(seed, 0))
         self.model = Dlrm(config, len(clicks.dense), len(self.rows), self.team)

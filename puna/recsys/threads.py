@@ -1,22 +1,10 @@
 """How kernels share the cores: they start no threads of their own, `Team` calls them on parts of the work."""
 
-import ctypes
 import os
-import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-
-
-def keep_memory() -> None:
-    """Have the C library keep what is freed: a step's tensors are as large in every step, and fresh pages cost time."""
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-            library.mallopt(option, 1 << 30)
 
 
 class Team:

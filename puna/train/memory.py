@@ -1,18 +1,18 @@
 """How a process keeps memory that it has freed."""
 
 import ctypes
+import platform
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
-MOST_UNUSED = 2**31 - 1
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep up to 2 GiB of freed memory for what is allocated next; elsewhere nothing happens.
+    """Have glibc keep what is freed for what is allocated next; another C library is left as it is.
 
-    By default arrays beyond a threshold are mapped anew each time, and every one of their pages costs a fault: a step
-    that frees and allocates the same gigabytes over and over pays a tenth of its time and more for it.
+    A step's tensors are as large in every step. By default arrays beyond a threshold are mapped anew each time, and
+    every one of their pages costs a fault: a tenth of a step and more.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, MOST_UNUSED)
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+            library.mallopt(option, 1 << 30)
