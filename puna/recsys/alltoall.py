@@ -139,11 +139,10 @@ class Exchange:
         traffic.payload += sum(in_splits)
         arrived = x.new_empty(sum(out_splits), dtype=torch.uint8)
         payload = _joined(wire, x, [stream for part in streams for stream in part])
-        work = self._send(arrived, payload, out_splits, in_splits)
+        wait = _swap(arrived, payload, out_splits, in_splits, self.group) if self.size > 1 else lambda: None
 
         def finish(lives: Tensor = payload) -> Tensor:
-            if work is not None:
-                work.wait()
+            wait()
             return self._decode(arrived, sizes, received, wire, kept, x, sent)
 
         return Pending(finish)
@@ -156,18 +155,13 @@ class Exchange:
         counts = [[sum(block.count for block in blocks) for blocks in side] for side in (received, sent)]
         traffic.payload += 4 * (sum(counts[1]) - counts[1][self.rank])
         arrived = x.new_empty(sum(counts[0]))
-        work = dist.all_to_all_single(arrived, x, counts[0], counts[1], group=self.group, async_op=True)
+        wait = _swap(arrived, x, counts[0], counts[1], self.group)
 
         def finish(lives: Tensor = x) -> Tensor:
-            work.wait()
+            wait()
             return arrived
 
         return Pending(finish)
-
-    def _send(self, arrived: Tensor, payload: Tensor, out_splits: list[int], in_splits: list[int]) -> Any:
-        if self.size == 1:
-            return None
-        return dist.all_to_all_single(arrived, payload, out_splits, in_splits, group=self.group, async_op=True)
 
     def _sizes(
         self,
@@ -300,3 +294,28 @@ def _rows(flat: Any, start: int, block: Block) -> Any:
 def _digest(terms: Mapping[str, Any]) -> int:
     digest = hashlib.blake2b(repr(sorted(terms.items())).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
+
+
+def _swap(
+    arrived: Tensor, sent: Tensor, out_splits: list[int], in_splits: list[int], group: dist.ProcessGroup | None
+) -> Callable[[], None]:
+    """An all-to-all that is under way: splits by rank of what arrives and what is sent; call what comes back to wait.
+
+    Under gloo every piece is asked for before any is sent. Its own all-to-all sends first, and where the other end has
+    already asked, the request for the way back then stands behind the data: one way at a time, half the link's rate.
+    """
+    if dist.get_backend(group) != "gloo":
+        work = dist.all_to_all_single(arrived, sent, out_splits, in_splits, group=group, async_op=True)
+        return lambda: _wait([work])
+    rank = dist.get_rank(group)
+    coming, going = arrived.split(out_splits), sent.split(in_splits)
+    coming[rank].copy_(going[rank])
+    others = [other for other in range(len(out_splits)) if other != rank]
+    works = [dist.irecv(coming[other], group=group, group_src=other) for other in others if out_splits[other]]
+    works += [dist.isend(going[other], group=group, group_dst=other) for other in others if in_splits[other]]
+    return lambda: _wait(works)
+
+
+def _wait(works: Sequence[Any]) -> None:
+    for work in works:
+        work.wait()
