@@ -206,7 +206,7 @@ class Ranks:
         try:
             self._cable()
             for rank, name in enumerate(self.names):
-                words = [sys.executable, str(Path(__file__).resolve()), "--rank", str(rank), "--ranks", str(args.ranks)]
+                words = [sys.executable, __file__, "--rank", str(rank), "--ranks", str(args.ranks)]
                 words += ["--clicks", clicks, "--arms", args.arms]
                 line = ["ip", "netns", "exec", name, *words]
                 pipe = subprocess.PIPE
@@ -229,12 +229,11 @@ class Ranks:
             run("ip", "-n", name, "addr", "add", f"10.78.0.{rank + 1}/24", "dev", "puna0")
             for device in ("lo", "puna0"):
                 run("ip", "-n", name, "link", "set", device, "up")
-            run("ip", "netns", "exec", name, "sysctl", "-qw", "net.ipv4.tcp_slow_start_after_idle=0")
 
     def limit(self, bits_per_s: float) -> None:
         """The rate of every end of the cable."""
         for name in self.names:
-            rate = ["rate", f"{int(bits_per_s)}bit", "burst", "256kb", "latency", "400ms"]
+            rate = ["rate", f"{int(bits_per_s)}bit", "burst", "256kb", "latency", "50ms"]
             run("ip", "netns", "exec", name, "tc", "qdisc", "replace", "dev", "puna0", "root", "tbf", *rate)
 
     def __call__(self, **command: Any) -> list[Any]:

@@ -123,16 +123,16 @@ class HalfProducts(Products):
         self.room, self.scores = torch.empty(num_rows, dim, dtype=HALF), torch.empty(ROWS * num_rows, dtype=HALF)
 
     def take(self, table: Tensor) -> None:
-        """Candidates (N, D) of the blocks that follow."""
+        """Copies them: they change from batch to batch."""
         self.table = self.room[: len(table)].copy_(table)
 
     def score(self, anchors: Tensor, scores: Tensor) -> None:
-        """Anchors (Q, D) with every candidate, (Q, N)."""
+        """As in float32, rounded to bfloat16."""
         half = self.scores[: scores.numel()].view(scores.shape)
         scores.copy_(torch.mm(anchors.to(HALF), self.table.T, out=half))
 
     def back(self, slopes: Tensor, anchors: Tensor, anchor_grads: Tensor, grads: Tensor, *, anew: bool) -> None:
-        """From slopes (Q, N) the gradients of anchors, and those of candidates: anew, or added to `grads`."""
+        """As in float32; each block's products are rounded to bfloat16, their sum is not."""
         half = self.scores[: slopes.numel()].view(slopes.shape).copy_(slopes)
         anchor_grads.copy_(half @ self.table)
         product = half.T @ anchors.to(HALF)

@@ -41,7 +41,7 @@ class _TokenLossSum(torch.autograd.Function):
             span = slice(start, start + chunk)
             logits = buffer[: len(targets[span])]
             torch.mm(hidden[span], weight.T, out=logits)
-            total += to_slopes(logits, targets[span, None])
+            total += _lose(logits, targets[span, None], need_hidden or need_weight)
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[span])
             if grad_weight is not None:
@@ -61,11 +61,11 @@ class _TokenLossSum(torch.autograd.Function):
         )
 
 
-def to_slopes(logits: Tensor, picked: Tensor) -> Tensor:
-    """Sum over rows of -log softmax(logits)[picked], in float32; logits (n, V) become its gradient by them."""
+def _lose(logits: Tensor, picked: Tensor, with_gradient: bool) -> Tensor:
+    """Sum over rows of -log softmax(logits)[picked], in float32; logits (n, V) are used up, or become its gradient."""
     exact = torch.promote_types(logits.dtype, torch.float32)
     if exact == logits.dtype:
-        return _to_slopes(logits, picked)
+        return _lose_exactly(logits, picked, with_gradient)
     num_rows = len(logits)
     if logits.device.type == "cpu":
         num_rows = min(num_rows, max(1, PIECE_BYTES // (logits.shape[1] * exact.itemsize)))
@@ -73,15 +73,17 @@ def to_slopes(logits: Tensor, picked: Tensor) -> Tensor:
     scratch = logits.new_empty(num_rows, logits.shape[1], dtype=exact)
     for piece, chosen in zip(logits.split(num_rows), picked.split(num_rows), strict=True):
         slopes = scratch[: len(piece)].copy_(piece)
-        total += _to_slopes(slopes, chosen)
-        piece.copy_(slopes)
+        total += _lose_exactly(slopes, chosen, with_gradient)
+        if with_gradient:
+            piece.copy_(slopes)
     return total
 
 
-def _to_slopes(logits: Tensor, picked: Tensor) -> Tensor:
+def _lose_exactly(logits: Tensor, picked: Tensor, with_gradient: bool) -> Tensor:
     torch.log_softmax(logits, dim=-1, out=logits)
     total = -logits.gather(1, picked).sum()
-    logits.exp_().scatter_add_(1, picked, logits.new_full((), -1).expand_as(picked))
+    if with_gradient:
+        logits.exp_().scatter_add_(1, picked, logits.new_full((), -1).expand_as(picked))
     return total
 
 
