@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from puna.errors import DataError
+from puna.sparse.compiled import exact_kernel
 from puna.sparse.folder import check_sizes, read_manifest
 from puna.train.hashed import sha256_of
 
@@ -85,7 +86,7 @@ class Clicks:
 
     def at(self, numbers: npt.NDArray[np.int64]) -> Samples:
         """Samples by their numbers."""
-        found = {name: np.asarray(column[numbers]) for name, column in self.columns.items()}
+        found = {name: np.asarray(column.take(numbers, axis=0)) for name, column in self.columns.items()}
         return Samples(numbers, found["labels"].astype(np.float32), found["dense"], found["ids"])
 
     def version(self) -> dict[str, str]:
@@ -95,15 +96,24 @@ class Clicks:
     def refuse_strangers(self, samples: Samples, rows: tuple[int, ...]) -> None:
         """Raise DataError for the first id that its table, of so many rows, does not have."""
         smallest = self.by_column([-1 if hot > 1 else 0 for hot in self.hots])
-        wrong = (samples.ids < smallest) | (samples.ids >= self.by_column(rows))
-        if wrong.any():
-            at, column = np.argwhere(wrong)[0]
+        at, column = _first_stranger(samples.ids, smallest, self.by_column(rows))
+        if at >= 0:
             table = self.by_column(range(len(rows)))[column]
             raise DataError(
                 f"{self.folder / 'ids'}, sample {samples.numbers[at]:,}, column {self.tables[table]}: the id "
                 f"{samples.ids[at, column]:,} is beyond its table of {rows[table]:,} rows",
                 "The file is damaged, or the model was made for other clicks: import again, or set dlrm.max_rows.",
             )
+
+
+@exact_kernel
+def _first_stranger(ids: Any, smallest: Any, rows: Any) -> tuple[int, int]:
+    """Row and column of the first id that is below the smallest or beyond the rows of its column; -1: there is none."""
+    for n in range(ids.shape[0]):
+        for c in range(ids.shape[1]):
+            if ids[n, c] < smallest[c] or ids[n, c] >= rows[c]:
+                return n, c
+    return -1, -1
 
 
 def _map(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Any:

@@ -37,7 +37,7 @@ class Dlrm(nn.Module):
     def top(self, x: Tensor, vectors: Tensor) -> Tensor:
         """(b, D) of `bottom` and (b, T, D) of the tables -> (b,) logits, float32."""
         if self.config.interaction == "dot":
-            return self.top_net(Products.apply(x, vectors, self.team)).squeeze(1)
+            return self.top_net(Products.apply(x, vectors, self.dtype, self.team)).squeeze(1)
         joined = crossed = torch.cat([x, vectors.flatten(1)], dim=1)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             for layer in self.cross:

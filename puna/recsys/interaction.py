@@ -5,6 +5,7 @@ first), D + F (F - 1) / 2 with F = T + 1, in the order of Naumov et al. 2019 (ar
 zeros up to a multiple of 16.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,58 +16,53 @@ from puna.recsys.threads import Team
 from puna.sparse.compiled import exact_kernel
 from puna.sparse.padding import padded
 
-_ZERO = np.float32(0)
-
 
 @exact_kernel
-def _lower(x: Any, products: Any, begin: int, end: int, out: Any) -> None:
-    """out[b] = x[b], then what is below the diagonal of products[b], row by row."""
-    dim = x.shape[1]
+def _pick(source: Any, places: Any, first: int, begin: int, end: int, out: Any) -> None:
+    """out[b, first + k] = source[b, places[k]]."""
     for b in range(begin, end):
-        for d in range(dim):
-            out[b, d] = x[b, d]
-        place = dim
-        for i in range(1, products.shape[1]):
-            for j in range(i):
-                out[b, place + j] = products[b, i, j]
-            place += i
+        for k in range(places.shape[0]):
+            out[b, first + k] = source[b, places[k]]
 
 
-@exact_kernel
-def _symmetric(given: Any, dim: int, begin: int, end: int, out: Any) -> None:
-    """out[b] = the symmetric matrix, its diagonal 0, of which given[b, dim:] is what is below the diagonal."""
-    for b in range(begin, end):
-        place = dim
-        for i in range(out.shape[1]):
-            out[b, i, i] = _ZERO
-            for j in range(i):
-                out[b, i, j] = given[b, place + j]
-            for j in range(i):
-                out[b, j, i] = out[b, i, j]
-            place += i
+@cache
+def _places(num: int) -> tuple[Any, Any]:
+    """Where what is below the diagonal of a matrix (num, num), row by row, stands in it; and the other way about, for
+    a symmetric one: which of those each of its numbers is, and anything on the diagonal."""
+    rows, cols = np.tril_indices(num, -1)
+    back = np.zeros((num, num), np.int64)
+    back[rows, cols] = back[cols, rows] = np.arange(len(rows))
+    return rows * num + cols, back.reshape(-1)
 
 
 class Products(torch.autograd.Function):
-    """Products.apply(x, vectors, team); float32."""
+    """Products.apply(x, vectors, dtype, team); float32 in, `dtype` out, which is also what is multiplied."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, vectors: Tensor, team: Team) -> Tensor:
-        (size, tables, dim), x = vectors.shape, x.detach().contiguous()
-        stacked = torch.empty(size, tables + 1, dim)
-        stacked[:, 0], stacked[:, 1:] = x, vectors.detach()
+    def forward(ctx: Any, x: Tensor, vectors: Tensor, dtype: torch.dtype, team: Team) -> Tensor:
+        size, tables, dim = vectors.shape
+        stacked = torch.empty(size, tables + 1, dim, dtype=dtype)
+        stacked[:, 0], stacked[:, 1:] = x.detach(), vectors.detach()
         ctx.save_for_backward(stacked)
         ctx.team = team
-        out = torch.zeros(size, padded(dim + tables * (tables + 1) // 2))
-        arrays = x.numpy(), torch.bmm(stacked, stacked.transpose(1, 2)).numpy(), out.numpy()
-        team(lambda begin, end: _lower(arrays[0], arrays[1], begin, end, arrays[2]), size)
+        out = torch.zeros(size, padded(dim + tables * (tables + 1) // 2), dtype=dtype)
+        out[:, :dim] = stacked[:, 0]
+        products, found = _bits(torch.bmm(stacked, stacked.transpose(1, 2)).flatten(1)), _bits(out)
+        team(lambda begin, end: _pick(products, _places(tables + 1)[0], dim, begin, end, found), size)
         return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         (stacked,) = ctx.saved_tensors
         size, num, dim = stacked.shape
-        pairs = torch.empty(size, num, num)
-        given, matrices = gradient.contiguous().numpy(), pairs.numpy()
-        ctx.team(lambda begin, end: _symmetric(given, dim, begin, end, matrices), size)
-        change = torch.bmm(pairs, stacked)
-        return change[:, 0] + gradient[:, :dim], change[:, 1:], None
+        pairs = torch.empty(size, num * num, dtype=stacked.dtype)
+        given, found = _bits(gradient[:, dim:]), _bits(pairs)
+        ctx.team(lambda begin, end: _pick(given, _places(num)[1], 0, begin, end, found), size)
+        pairs[:, :: num + 1] = 0
+        change = torch.bmm(pairs.view(size, num, num), stacked)
+        return change[:, 0].float() + gradient[:, :dim], change[:, 1:].float(), None, None
+
+
+def _bits(x: Tensor) -> Any:
+    """The tensor as kernels take it: itself, but bfloat16, which NumPy has not, as int16."""
+    return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from puna.sparse.compiled import exact_kernel, kernel
+from puna.sparse.compiled import exact_kernel, fetch_ahead, kernel
 from puna.sparse.hashing import mix
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
+_AHEAD = 16  # rows
 
 
 @exact_kernel
@@ -26,6 +27,15 @@ def fill_uniform(key: Any, first_row: int, first_col: int, scale: float, out: An
         for k in range(out.shape[1]):
             bits = mix(seed + np.uint64(first_col + k + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)
             out[r, k] = np.float32(scale * (float(bits) * 2.0**-52 - 1.0))
+
+
+@exact_kernel
+def fold_ids(ids: Any, rows: Any) -> None:
+    """Ids beyond the rows of their column, (L,), become their remainder."""
+    for n in range(ids.shape[0]):
+        for c in range(ids.shape[1]):
+            if ids[n, c] >= rows[c]:
+                ids[n, c] %= rows[c]
 
 
 @exact_kernel
@@ -157,6 +167,20 @@ def unpack(
 
 
 @exact_kernel
+def take(flat: Any, offsets: Any, ids: Any, begin: int, end: int, out: Any) -> None:
+    """out[j, t] = row ids[j, t] of table t, whose numbers begin at offsets[t], for samples begin .. end."""
+    width = out.shape[2]
+    for j in range(begin, end):
+        if j + 1 < end:
+            for t in range(ids.shape[1]):
+                fetch_ahead(flat, offsets[t] + np.int64(ids[j + 1, t]) * width)  # type: ignore[call-arg]
+        for t in range(ids.shape[1]):
+            source = offsets[t] + np.int64(ids[j, t]) * width
+            for c in range(width):
+                out[j, t, c] = flat[source + c]
+
+
+@exact_kernel
 def spread(rows: Any, row_starts: Any, slots: Any, begin: int, end: int, out: Any) -> None:
     """out[j, t] = rows[row_starts[t] + slots[j, t]] for samples begin .. end; out: (samples, T, D)."""
     for j in range(begin, end):
@@ -232,6 +256,8 @@ def step_sgd(flat: Any, offset: int, rows: Any, gradients: Any, rate: Any) -> No
     """row -= rate x gradient, for every row."""
     width = gradients.shape[1]
     for i in range(rows.shape[0]):
+        if i + _AHEAD < rows.shape[0]:
+            fetch_ahead(flat, offset + rows[i + _AHEAD] * width)  # type: ignore[call-arg]
         at = offset + rows[i] * width
         for c in range(width):
             flat[at + c] -= rate * gradients[i, c]

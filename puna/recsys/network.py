@@ -53,6 +53,7 @@ class _Layers(torch.autograd.Function):
             wide = _wide(bias.detach()[None], dtype)[0]
             values.append(_apply(values[-1], weight, wide, last or n < len(weights) - 1, team))
         ctx.save_for_backward(*values, *weights)
+        ctx.dtype = x.dtype
         ctx.rest = last, team, x.shape[1], [tuple(p.shape) for p in parameters[::2]]
         return values[-1][:, : len(parameters[-1])].float()
 
@@ -71,7 +72,7 @@ class _Layers(torch.autograd.Function):
             found = [weight[:outputs, :inputs].float(), bias[:outputs], *found]
             if n or ctx.needs_input_grad[0]:
                 change = torch.mm(change, weights[n])
-        given = change[:, :width].float() if ctx.needs_input_grad[0] else None
+        given = change[:, :width].to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return given, None, None, None, *found
 
 

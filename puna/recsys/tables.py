@@ -8,8 +8,9 @@ tables.collect()                             # gradients of this rank's rows; no
 tables.apply(rate)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class _Gradients:
     """Of one local shard: places of its rows, their gradients, and the square of each."""
 
     shard: int
-    rows: Ints
+    rows: npt.NDArray[np.signedinteger[Any]]
     values: npt.NDArray[np.float32]
     square: npt.NDArray[np.float32]
 
@@ -100,9 +101,12 @@ class Tables:
             lookups.fill_uniform(key, shard.first_row, shard.first_col, scale, part)
         self._stores = self._make_stores(run, held) if run else {}
         self._plain = Exchange(exchange.group)
+        whole = all(s.rows == self.rows[s.table] and s.width == dim for s in self.shards)
+        self.alone = self.size == 1 and not exchange.local and distinct and whole and not self.bags.any()
         self._coming: list[tuple[Lookup, Pending]] = []
         self._copies: list[tuple[Lookup, Pending]] = []
         self._gradients: list[_Gradients] = []
+        self._kept: list[_Gradients] = []
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -234,7 +238,22 @@ class Tables:
         arrived = exchange(
             sent, *blocks, terms=terms, pending=pending, sink=lambda back: self._coming.append((lookup, back))
         )
-        return _Spread.apply(arrived, self, lookup)
+        return _Spread.apply(arrived, partial(self._spread, lookup), partial(self._fold, lookup))
+
+    def take(self, lookup: Lookup) -> Tensor:
+        """As `receive`, where the tables are `alone`: nothing is exchanged, rows are whole and of single ids."""
+        handle = torch.empty(0, requires_grad=torch.is_grad_enabled())
+        return _Spread.apply(handle, lambda _: self._take(lookup), partial(self._keep, lookup))
+
+    def _take(self, lookup: Lookup) -> Tensor:
+        out = torch.empty(lookup.num_samples, len(self.rows), self.dim)
+        array = out.numpy()
+        offsets = np.empty(len(self.rows), np.int64)
+        offsets[[self.shards[n].table for n in self.local]] = self._offsets[:-1]
+        self.team(
+            lambda begin, end: lookups.take(self.flat, offsets, lookup.ids, begin, end, array), lookup.num_samples
+        )
+        return out
 
     def look_up(self, ids: npt.NDArray[np.int32]) -> Tensor:
         """Vectors of this rank's part of a batch, exchanged as they are, without a graph."""
@@ -288,18 +307,32 @@ class Tables:
 
     def _fold(self, lookup: Lookup, gradients: Tensor) -> Tensor:
         """Gradients of this rank's distinct rows, packed as they go back; those of copies are sent to every rank."""
-        folded = torch.zeros(lookup.num_rows, self.dim)
-        rows, given = folded.numpy(), gradients.contiguous().numpy()
-        self.team(
-            lambda begin, end: lookups.fold(given, lookup.row_starts, lookup.slots, begin, end, rows), len(self.rows)
-        )
+        folded = self._folded(lookup, gradients)
         if self.size == 1:
             return folded.view(-1)
+        rows = folded.numpy()
         if self._copied:
             self._copies.append((lookup, self._send_copies(lookup, rows)))
         packed = torch.empty(_starts(lookup.received)[1])
         self._unpack(lookup, packed.numpy(), rows, backward=True)
         return packed
+
+    def _folded(self, lookup: Lookup, gradients: Tensor) -> Tensor:
+        folded = torch.zeros(lookup.num_rows, self.dim)
+        rows, given = folded.numpy(), gradients.contiguous().numpy()
+        self.team(
+            lambda begin, end: lookups.fold(given, lookup.row_starts, lookup.slots, begin, end, rows), len(self.rows)
+        )
+        return folded
+
+    def _keep(self, lookup: Lookup, gradients: Tensor) -> None:
+        """What `_merge` would find in gradients of samples that are all here."""
+        rows = self._folded(lookup, gradients).numpy()
+        square = np.empty(len(rows), np.float32)
+        for n, shard in enumerate(self.shards[n] for n in self.local):
+            count, first = int(lookup.counts[shard.table, 0]), int(lookup.row_starts[shard.table])
+            own = slice(first, first + count)
+            self._kept.append(_Gradients(n, lookup.distinct[shard.table, :count], rows[own], square[own]))
 
     def _copy_blocks(self, lookup: Lookup, rank: int) -> list[Block]:
         return [Block(int(lookup.counts[self.shards[n].table, rank]), self.dim) for n in self._copied]
@@ -317,7 +350,7 @@ class Tables:
 
         Returns this rank's share of the squared norm of all gradients; not finite where a gradient is not.
         """
-        self._gradients = []
+        self._gradients, self._kept = self._kept, []
         for lookup, pending in self._coming:
             starts, _ = _starts(lookup.sent)
             self._merge(lookup, pending.wait().numpy(), self._of_rank[self.rank], starts, 0)
@@ -395,13 +428,13 @@ class _Spread(torch.autograd.Function):
     """Arrived blocks -> vectors of samples; backward: gradients of samples -> blocks to send back."""
 
     @staticmethod
-    def forward(ctx: Any, arrived: Tensor, tables: Tables, lookup: Lookup) -> Tensor:
-        ctx.tables, ctx.lookup = tables, lookup
-        return tables._spread(lookup, arrived.detach())
+    def forward(ctx: Any, arrived: Tensor, spread: Callable[[Tensor], Tensor], fold: Any) -> Tensor:
+        ctx.fold = fold
+        return spread(arrived.detach())
 
     @staticmethod
-    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return ctx.tables._fold(ctx.lookup, gradients), None, None
+    def backward(ctx: Any, gradients: Tensor) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+        return ctx.fold(gradients), None, None
 
 
 def _starts(blocks: Sequence[Sequence[tuple[int, int, int]]]) -> tuple[Ints, int]:

@@ -16,6 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.optim import SGD, Adagrad, Optimizer
 
 from puna.errors import DataError, RecipeError
+from puna.recsys import lookups
 from puna.recsys.adapt import Bounds, homogenisation
 from puna.recsys.alltoall import Exchange
 from puna.recsys.clicks import Clicks, Samples
@@ -39,6 +40,8 @@ from puna.train.task import Cursor, GradientTask, Json, State, StepReport
 EVAL_BATCH = 8192
 AHEAD = 2
 """Batches that are read before they are needed."""
+ORDERED = 32
+"""Batches whose samples are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,7 @@ class DlrmTask(GradientTask):
             team=self.team,
         )
         self._multiplier = 1.0
+        self._ordered: tuple[int, int, npt.NDArray[np.int64]] = (-1, 0, np.empty(0, np.int64))
 
     def _require(self, clicks: Clicks) -> None:
         config, count = self.config, clicks.count("train")
@@ -164,10 +168,7 @@ class DlrmTask(GradientTask):
     def _load(self, step: int) -> Batch:
         batch = self.config.batch
         epoch, number = divmod(step, self.per_epoch)
-        positions = np.arange(number * batch, (number + 1) * batch, dtype=np.int64)
-        if self.config.shuffle:
-            positions = permute(self.seed, epoch, self.clicks.count("train"))(positions)
-        samples = self._fold(self.clicks.take("train", positions))
+        samples = self._fold(self.clicks.take("train", self._positions(epoch, number)))
         mine = slice(self.rank * batch // self.size, (self.rank + 1) * batch // self.size)
         return Batch(
             samples.numbers[mine],
@@ -177,13 +178,22 @@ class DlrmTask(GradientTask):
             step,
         )
 
+    def _positions(self, epoch: int, number: int) -> npt.NDArray[np.int64]:
+        """Of a batch's samples; of `ORDERED` batches at a time, as so few numbers cost little more than one batch's."""
+        batch, first = self.config.batch, number // ORDERED * ORDERED
+        if self._ordered[:2] != (epoch, first):
+            positions = np.arange(first * batch, min(first + ORDERED, self.per_epoch) * batch, dtype=np.int64)
+            if self.config.shuffle:
+                positions = permute(self.seed, epoch, self.clicks.count("train"))(positions)
+            self._ordered = epoch, first, positions
+        return self._ordered[2][(number - first) * batch :][:batch]
+
     def _fold(self, samples: Samples) -> Samples:
-        """The samples with ids beyond dlrm.max_rows folded. Raises DataError for ids beyond their tables."""
+        """The samples, their ids beyond dlrm.max_rows folded in place. Raises DataError for ids beyond their tables."""
         self.clicks.refuse_strangers(samples, self.clicks.rows)
-        if self.rows == self.clicks.rows:
-            return samples
-        folded = np.where(samples.ids < 0, samples.ids, samples.ids % self.clicks.by_column(self.rows))
-        return Samples(samples.numbers, samples.labels, samples.dense, folded)
+        if self.rows != self.clicks.rows:
+            lookups.fold_ids(samples.ids, self.clicks.by_column(self.rows))
+        return samples
 
     def samples(self, unit: Unit) -> Sequence[Any]:  # type: ignore[override]
         """Numbers of this rank's samples."""
@@ -204,6 +214,14 @@ class DlrmTask(GradientTask):
 
     def loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the binary cross-entropies of this rank's samples."""
+        if self.tables.alone and not self.bounds.observing:
+            x, vectors = self.model.bottom(batch.dense), self.tables.take(batch.lookup)
+        else:
+            x, vectors = self._exchange(batch)
+        return binary_cross_entropy_with_logits(self.model.top(x, vectors), batch.labels, reduction="sum")
+
+    def _exchange(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The bottom network's output and, exchanged meanwhile, the vectors of this rank's samples."""
         tables, terms = self.tables, {}
         forward, backward = self.bounds.forward(batch.step), self.bounds.backward()
         if self.exchange_config.forward == "bounded" or self.exchange_config.backward == "bounded":
@@ -216,9 +234,7 @@ class DlrmTask(GradientTask):
             self._observe(batch.lookup, sent)
         pending = tables.exchange.start(sent, *blocks, terms)
         x = self.model.bottom(batch.dense)
-        vectors = tables.receive(batch.lookup, sent, blocks, terms=terms, pending=pending)
-        logits = self.model.top(x, vectors)
-        return binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+        return x, tables.receive(batch.lookup, sent, blocks, terms=terms, pending=pending)
 
     def _observe(self, lookup: Lookup, sent: Tensor) -> None:
         """The homogenisation index of every table in this batch: the mean over the ranks' pieces of what they send."""
@@ -246,7 +262,7 @@ class DlrmTask(GradientTask):
         square = self.tables.collect()
         dense = torch._foreach_norm([local(p.grad) for p in self._parameters if p.grad is not None])
         totals = torch.stack([losses[0].double(), torch.stack(dense).double().square().sum() / self.size + square])
-        if dist.is_initialized():
+        if self.size > 1:
             dist.all_reduce(totals)
         loss_sum, total = totals.tolist()
         return loss_sum, math.sqrt(total) / scale if total >= 0 else math.nan

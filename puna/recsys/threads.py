@@ -1,24 +1,42 @@
 """How kernels share the cores: they start no threads of their own, `Team` calls them on parts of the work."""
 
+import ctypes
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+_OPENMP = ctypes.CDLL(None)  # torch has loaded the one that it uses where every library finds it
+_REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
 
 class Team:
-    """Threads that take the parts 0 .. size - 1 of a piece of work at the same time; results do not depend on size."""
+    """Threads that take the parts 0 .. size - 1 of a piece of work at the same time; results do not depend on size.
+
+    They are the OpenMP threads of torch's own operators: those wait for their next work awake, and would keep others
+    off the cores. Without OpenMP the parts come one after the other.
+    """
 
     def __init__(self, size: int = 0) -> None:
         """size: threads; 0: as many as torch uses."""
         self.size = size or min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
-        self._pool = ThreadPoolExecutor(self.size - 1) if self.size > 1 else None
+        self._parallel = getattr(_OPENMP, "GOMP_parallel", None) if self.size > 1 else None
 
     def __call__(self, act: Callable[[int, int], None], count: int) -> None:
         """act(begin, end) for consecutive parts of range(count), one a thread."""
         cuts = [count * n // self.size for n in range(self.size + 1)]
-        others = [self._pool.submit(act, cuts[n], cuts[n + 1]) for n in range(1, self.size)] if self._pool else []
-        act(cuts[0], cuts[1])
-        for other in others:
-            other.result()
+        if not self._parallel:
+            act(0, count)
+            return
+        failures: list[BaseException] = []
+
+        def region(_: object) -> None:
+            try:
+                for n in range(_OPENMP.omp_get_thread_num(), self.size, _OPENMP.omp_get_num_threads()):
+                    act(cuts[n], cuts[n + 1])
+            except BaseException as failure:
+                failures.append(failure)
+
+        self._parallel(_REGION(region), None, self.size, 0)
+        if failures:
+            raise failures[0]

@@ -135,7 +135,7 @@ def test_figures_are_their_definitions():
 @pytest.mark.parametrize(("samples", "tables", "dim"), [(1, 1, 1), (37, 5, 7), (64, 26, 16)])
 def test_products_equal_torch(samples, tables, dim):
     x, vectors = (torch.randn(*shape, requires_grad=True) for shape in ((samples, dim), (samples, tables, dim)))
-    out = Products.apply(x, vectors, Team(2))
+    out = Products.apply(x, vectors, torch.float32, Team(2))
     stacked = torch.cat([x[:, None], vectors], dim=1)
     rows, columns = torch.tril_indices(tables + 1, tables + 1, offset=-1)
     wanted = torch.cat([x, (stacked @ stacked.transpose(1, 2))[:, rows, columns]], dim=1)
@@ -148,6 +148,31 @@ def test_products_equal_torch(samples, tables, dim):
     got = torch.autograd.grad((out * weights).sum(), (x, vectors))
     for a, b in zip(got, torch.autograd.grad((wanted * weights).sum(), (x, vectors)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_in_bfloat16_products_and_networks_are_those_of_rounded_numbers():
+    """Forward and gradients, against float32 with what is given rounded first."""
+    torch.manual_seed(0)
+    network = Network((16 + 27 * 13, 33, 1), last=False, dtype=torch.bfloat16, team=Team(2))
+    plain = Network((16 + 27 * 13, 33, 1), last=False, dtype=torch.float32, team=Team(2))
+    plain.load_state_dict({name: value.bfloat16() for name, value in network.state_dict().items()})
+    x, vectors = (torch.randn(*shape).bfloat16().float().requires_grad_() for shape in ((64, 16), (64, 26, 16)))
+    found = []
+    for dtype, net in ((torch.bfloat16, network), (torch.float32, plain)):
+        out = net(Products.apply(x, vectors, dtype, Team(2)))
+        found.append((out, *torch.autograd.grad(out.sum(), (x, vectors, *net.parameters()))))
+    for ours, wanted in zip(*found, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - wanted).norm() < 0.1 * wanted.norm()
+
+
+def test_threads_share_the_work_and_tell_of_what_fails():
+    seen = []
+    Team(3)(lambda begin, end: seen.append((begin, end)), 10)
+    assert sorted(seen) == [(0, 3), (3, 6), (6, 10)]
+    for failing in range(3):
+        with pytest.raises(ZeroDivisionError):
+            Team(3)(lambda begin, end: 1 / (begin - 10 * failing // 3), 10)  # noqa: B023
 
 
 @pytest.mark.parametrize("last", [True, False])
@@ -169,8 +194,9 @@ def test_networks_equal_torch(widths, last):
     torch.testing.assert_close(network(torch.cat([x, zeros], dim=1)), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_a_number_that_is_not_one_goes_through_relu():
-    network = Network((3, 4, 2), last=True, dtype=torch.float32, team=Team(1))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_number_that_is_not_one_goes_through_relu(dtype):
+    network = Network((3, 4, 2), last=True, dtype=dtype, team=Team(1))
     assert network(torch.tensor([[float("nan"), 0, 0]])).isnan().all()
 
 

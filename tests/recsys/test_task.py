@@ -137,6 +137,20 @@ def test_the_optimisers_differ(planted):
     assert abs(a[-1] - b[-1]) > 1e-4
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad"])
+def test_rows_taken_where_they_are_train_as_those_that_are_exchanged(planted, optimizer):
+    """One rank alone takes a shorter way: bit for bit the same losses."""
+    short, long = (
+        task_of(planted, exchange={"distinct": distinct}, table_optimizer=optimizer, table_lr=0.5)
+        for distinct in (True, False)
+    )
+    assert short.tables.alone
+    assert not long.tables.alone
+    assert steps(short, 12) == steps(long, 12)
+    for a, b in zip(short.tables.arrays(), long.tables.arrays(), strict=True):
+        assert np.array_equal(a, b)
+
+
 @pytest.mark.slow
 def test_rows_sent_once_or_for_every_sample_are_the_same(planted, tmp_path):
     settings = {
@@ -251,8 +265,8 @@ def test_folded_ids_fit_a_smaller_table(planted):
 
 def test_folded_bags_keep_their_ends(bagged):
     task = task_of(bagged, max_rows=50)
-    whole = bagged.take("train", np.arange(64))
-    folded = task._fold(whole).ids
+    whole, same = (bagged.take("train", np.arange(64)) for _ in range(2))
+    folded = task._fold(same).ids
     assert ((folded < 0) == (whole.ids < 0)).all()
     assert folded.max() < 50 <= whole.ids.max()
 
