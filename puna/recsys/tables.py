@@ -6,6 +6,8 @@ vectors = tables.receive(lookup, pending)    # (b, T, D), with an autograd graph
 ... backward ...                             # gradients leave, while the bottom network's are computed
 tables.collect()                             # gradients of this rank's rows; nothing is changed yet
 tables.apply(rate)
+
+Where nothing is exchanged (`tables.alone`), `take` stands for `send` and `receive`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
