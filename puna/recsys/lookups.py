@@ -17,6 +17,7 @@ from puna.sparse.hashing import mix
 
 _ZERO, _ONE = np.float32(0), np.float32(1)
 _AHEAD = 16  # rows
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @exact_kernel
@@ -25,7 +26,7 @@ def fill_uniform(key: Any, first_row: int, first_col: int, scale: float, out: An
     for r in range(out.shape[0]):
         seed = mix(key ^ mix(np.uint64(first_row + r) + np.uint64(1)))
         for k in range(out.shape[1]):
-            bits = mix(seed + np.uint64(first_col + k + 1) * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)
+            bits = mix(seed + np.uint64(first_col + k + 1) * _GOLDEN) >> np.uint64(11)
             out[r, k] = np.float32(scale * (float(bits) * 2.0**-52 - 1.0))
 
 
@@ -42,7 +43,7 @@ def fold_ids(ids: Any, rows: Any) -> None:
 def _place(row: Any, keys: Any) -> Any:
     """Where a row is in a table of hashes, or the free place where it would be."""
     mask = np.uint64(keys.shape[0] - 1)
-    at = mix(np.uint64(row)) & mask
+    at = (np.uint64(row) * _GOLDEN >> np.uint64(32)) & mask  # Knuth, volume 3, section 6.4
     while keys[at] >= 0 and keys[at] != row:
         at = (at + np.uint64(1)) & mask
     return at

@@ -141,7 +141,7 @@ class Tables:
     def index(self, ids: npt.NDArray[np.int32]) -> Lookup:
         """Of the global batch's ids, (B, L), all within their tables, or -1 in a bag; ranks have consecutive parts.
 
-        B is a multiple of the ranks. Touches no state of the tables: a thread may prepare the next batch with it.
+        B is a multiple of the ranks. Touches no state of the tables.
         """
         num_samples, num_tables = len(ids), len(self.rows)
         cuts = np.arange(self.size + 1, dtype=np.int64) * (num_samples // self.size)

@@ -1,9 +1,10 @@
 """Training a recommendation model under the one loop: a unit is a batch, spread over the ranks; tokens are samples."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,18 @@ ORDERED = 32
 
 @dataclass(frozen=True)
 class Batch:
-    """This rank's part of a batch, and which rows all of it needs."""
+    """This rank's part of a batch, and how to find which rows all of it needs."""
 
     samples: npt.NDArray[np.int64]
     dense: Tensor
     labels: Tensor
-    lookup: Lookup
+    find: Callable[[], Lookup]
     step: int
+
+    @cached_property
+    def lookup(self) -> Lookup:
+        """Found in the step: the thread that reads ahead would take cores and lock from the step before."""
+        return self.find()
 
     @property
     def weight(self) -> int:
@@ -174,7 +180,7 @@ class DlrmTask(GradientTask):
             samples.numbers[mine],
             torch.from_numpy(samples.dense[mine]),
             torch.from_numpy(samples.labels[mine]),
-            self.tables.index(samples.ids),
+            partial(self.tables.index, samples.ids),
             step,
         )
 
