@@ -15,7 +15,7 @@ Sampling = Literal["uniform", "prevalence"]
 Size = Literal["given", "auto"]
 TypeNames = Annotated[tuple[str, ...], Field(strict=False)]
 
-RelationInit = Literal["identity", "random"]
+RelationInit = Literal["identity", "random", "small"]
 Products = Literal["fp32", "bf16"]
 PAIRED = ("complex_diagonal", "rotation")
 """Operators that read a vector as real parts, then imaginary parts."""
@@ -66,7 +66,8 @@ class GraphConfig(Section):
     relation_init: RelationInit = setting(
         "identity",
         "fresh relations: identity, as PBG; random: each turns vectors by angles (diagonal: signs) of its own, for "
-        "relations that lead back and forth, where from the identity every node would first be its own best answer",
+        "relations that lead back and forth, where from the identity every node would first be its own best answer; "
+        "small: drawn as fresh nodes are, so that both grow together (Lacroix et al. 2018)",
     )
     max_norm: float = setting(0.0, "longest vector; longer ones are shortened when read; 0: no limit", ge=0)
 

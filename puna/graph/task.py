@@ -345,6 +345,9 @@ def fresh_relations(config: GraphConfig, num_relations: int, seed: int = 0) -> l
     for _ in range(1 + config.reciprocal):
         if config.relation_init == "random":
             tables.append(operators.turned(config.operator, config.dim, num_relations, rng))
+        elif config.relation_init == "small":
+            shape = num_relations, operators.num_parameters(config.operator, config.dim)
+            tables.append(config.init_scale * rng.standard_normal(shape, np.float32))
         else:
             tables.append(np.tile(operators.identity(config.operator, config.dim), (num_relations, 1)))
     return [Relations(table, np.zeros_like(table)) for table in tables]

@@ -250,6 +250,19 @@ def test_random_relations_turn_vectors_and_keep_their_lengths(operator):
         assert not side.sums.any()
 
 
+@pytest.mark.parametrize("operator", ["translation", "linear", "complex_diagonal"])
+def test_small_relations_are_drawn_as_nodes_are(operator):
+    config = GraphConfig(dim=20, operator=operator, relation_init="small", init_scale=0.01)
+    sides, again, other = (fresh_relations(config, 300, seed) for seed in (3, 3, 4))
+    for side, same, different in zip(sides, again, other, strict=True):
+        assert side.table.shape == (300, operators.num_parameters(operator, 20))
+        assert side.table.dtype == np.float32
+        assert side.table.std() == pytest.approx(0.01, rel=0.05)
+        np.testing.assert_array_equal(side.table, same.table)
+        assert not np.array_equal(side.table, different.table)
+    assert not np.array_equal(sides[0].table, sides[1].table)
+
+
 # --- accounting -----------------------------------------------------------------------------------------------------
 
 
