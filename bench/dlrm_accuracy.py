@@ -12,6 +12,7 @@ done: a command that is given again goes on.
 """
 
 import argparse
+import hashlib
 import json
 import statistics
 import sys
@@ -55,19 +56,22 @@ def arms(args: argparse.Namespace, classes: tuple[Any, ...]) -> dict[str, Exchan
     }
 
 
-def train(config: DlrmConfig, exchange: ExchangeConfig, clicks: Clicks, seed: int, kept: Path) -> dict[str, float]:
-    """Figures on the test split; logits are kept beside them."""
+def trained(config: DlrmConfig, exchange: ExchangeConfig, clicks: Clicks, seed: int, kept: Path) -> tuple[Any, Any]:
+    """Figures, and logits with labels, (2, N), on the test split; both are kept under the name of the settings."""
+    settings = config.model_dump_json() + exchange.model_dump_json()
+    kept = kept.with_name(f"{kept.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}")
     if kept.with_suffix(".json").is_file():
-        return json.loads(kept.with_suffix(".json").read_text())
+        return json.loads(kept.with_suffix(".json").read_text()), np.load(kept.with_suffix(".npy"))
     task = DlrmTask(config, exchange, ScheduleConfig(decay="constant"), clicks, seed=seed)
     for unit in task.units(Cursor()):
         task.step(unit)
     logits, labels = task.predict("test", 0, clicks.count("test"))
     found = figures(logits, labels)
-    np.save(kept.with_suffix(".npy"), np.stack([logits, labels]))
+    both = np.stack([logits, labels])
+    np.save(kept.with_suffix(".npy"), both)
     kept.with_suffix(".json").write_text(json.dumps(found))
     print(f"{kept.name}: auc {found['auc']:.5f} ne {found['ne']:.5f}", file=sys.stderr, flush=True)
-    return found
+    return found, both
 
 
 def planted(args: argparse.Namespace) -> dict[str, Any]:
@@ -86,8 +90,8 @@ def planted(args: argparse.Namespace) -> dict[str, Any]:
         clicks = Clicks.open(folder)
         for name, exchange in arms(args, kaggle.exchange.classes).items():
             if name in args.arms.split(","):
-                kept = args.out / f"{folder.name}-{name}-{args.backward if name == 'both' else ''}"
-                found.setdefault(name, []).append(train(config, exchange, clicks, seed, kept))
+                run, _ = trained(config, exchange, clicks, seed, args.out / f"{folder.name}-{name}")
+                found.setdefault(name, []).append(run)
     result: dict[str, Any] = {"truth_auc": statistics.fmean(best)}
     for name, runs in found.items():
         result[name] = {
@@ -116,9 +120,7 @@ def real(args: argparse.Namespace) -> dict[str, Any]:
         clicks = Clicks.open(folder)
         logits = {}
         for arm, exchange in arms(args, ()).items():
-            kept = args.out / f"{name}-{arm}"
-            train(config, exchange, clicks, 0, kept)
-            logits[arm], labels = np.load(kept.with_suffix(".npy"))
+            _, (logits[arm], labels) = trained(config, exchange, clicks, 0, args.out / f"{name}-{arm}")
         result[name] = {arm: compared(logits["raw"], found, labels) for arm, found in logits.items() if arm != "raw"}
         result[name]["raw"] = {"auc": auc(logits["raw"], labels)}
     return result
