@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--arms", default="raw,forward,both,wide")
     parser.add_argument("--backward", type=float, default=0.01, help="bound of gradients")
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--table-lr", type=float, default=1.0)
+    parser.add_argument("--table-lr", type=float, default=20.0)
     parser.add_argument("--data", help="folder of real sets")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

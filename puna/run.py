@@ -289,7 +289,7 @@ def within_memory(loaded: Loaded, graph: Any) -> Loaded:
     from puna.graph.task import num_workers
 
     recipe, sizes = loaded.recipe, budget.Sizes.of(graph)
-    job = sizes, num_workers(recipe.run.num_threads), recipe.eval.tokens > 0
+    job = sizes, num_workers(recipe.graph, recipe.run.num_threads), recipe.eval.tokens > 0
     found = budget.fitted(recipe.graph, *job)
     err.print(budget.sentence(budget.plan(found, *job), found.memory), markup=False, soft_wrap=True)
     derived = found.model_dump(include=set(budget.DERIVED))

@@ -201,10 +201,9 @@ def _weighted(t: Any, top: Any, mass: Any, weight: Any, margin: Any, temperature
 
 
 @kernel
-def softmax_rows(scores: Any, count: int, starts: Any, true: Any, weights: Any) -> float:
-    """Rows of scores against everything, `count` columns, become slopes; the loss sum. Row q's true columns, with their
+def softmax_rows(scores: Any, count: int, starts: Any, true: Any, weights: Any, losses: Any) -> None:
+    """Rows of scores against everything, `count` columns, become slopes; their losses. Row q's true columns, with their
     weights, stand at starts[q]:starts[q + 1] of `true`; they are candidates too, each for the others and for itself."""
-    loss = 0.0
     for q in range(starts.shape[0] - 1):
         row, whole, own = scores[q, :count], _ZERO, 0.0
         top = _largest(row, MASKED)
@@ -215,5 +214,4 @@ def softmax_rows(scores: Any, count: int, starts: Any, true: Any, weights: Any) 
         _scale(row, whole / mass)
         for n in range(starts[q], starts[q + 1]):
             row[true[n]] -= weights[n]
-        loss += float(whole) * (math.log(mass) + top) - own
-    return loss
+        losses[q] = float(whole) * (math.log(mass) + top) - own

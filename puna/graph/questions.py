@@ -12,6 +12,7 @@ table, which is never copied; its gradient is as large as the table.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from puna.graph.losses import softmax_rows
 from puna.graph.tables import adagrad, adagrad_rows, add_rows, gather, number, scatter
 from puna.graph.worker import Part, Rates, Relations
 from puna.sparse.padding import padded
+from puna.sparse.threads import Team
 
 ROWS = 512
 """Questions whose scores are in memory at once."""
@@ -140,11 +142,12 @@ class HalfProducts(Products):
 
 
 class QuestionWorker:
-    """Trains batches of questions. Several work on the same tables without locks (HOGWILD)."""
+    """Trains batches of questions, one at a time by all threads: a batch changes every row of the table, and workers
+    without locks would undo each other's steps."""
 
-    def __init__(self, config: GraphConfig, num_relations: int, num_rows: int) -> None:
+    def __init__(self, config: GraphConfig, num_relations: int, num_rows: int, team: Team | None = None) -> None:
         """num_rows: nodes of the largest partition."""
-        self.config, dim = config, config.dim
+        self.config, self.team, dim = config, team or Team(1), config.dim
         self.code, self.paired = operators.CODES[config.operator], config.operator in PAIRED
         self.grads = torch.zeros(num_rows, dim)
         self.scores = torch.empty(ROWS, padded(num_rows))
@@ -178,9 +181,19 @@ class QuestionWorker:
                 known.vectors, known.sums, batch.nodes, self.known_grads[:num_questions], rate, self.first,
                 self.following, self.unique, self.total,
             )  # fmt: skip
-        bad += adagrad_rows(guessed.vectors, guessed.sums, self.grads.numpy(), rate)
+        bad += self._step(guessed, rate)
         bad += adagrad(relations.table, relations.sums, names, self.relation_grads, np.float32(rates.relations))
         return loss, bad
+
+    def _step(self, part: Part, rate: Any) -> int:
+        grads, bad = self.grads.numpy(), []
+
+        def act(begin: int, end: int) -> None:
+            own = slice(begin, end)
+            bad.append(adagrad_rows(part.vectors[own], part.sums[own], grads[own], rate))
+
+        self.team(act, len(part.vectors))
+        return sum(bad)
 
     def differentiate(self, batch: Questions, known: Part, guessed: Part, relations: Relations) -> float:
         """The loss sum; gradients of the guessed partition are in `grads` by row, of the known nodes in `known_grads`
@@ -207,8 +220,7 @@ class QuestionWorker:
         gather(known.vectors, nodes, np.float32(0), vectors.numpy())
         operators.operate(self.code, vectors.numpy(), names, relations.table, anchors.numpy())
         self.products.score(anchors, scores)
-        starts = batch.starts[own.start : own.stop + 1]
-        loss = float(softmax_rows(self.scores.numpy(), len(table), starts, batch.true, batch.weights))
+        loss = self._softmax(batch, own, len(table))
         self.products.back(scores, anchors, anchor_grads, grads, anew=own.start == 0)
         operators.operate_back(
             self.code, vectors.numpy(), names, relations.table, self.relation_slots, anchor_grads.numpy(),
@@ -216,13 +228,31 @@ class QuestionWorker:
         )  # fmt: skip
         return loss
 
+    def _softmax(self, batch: Questions, own: slice, num_nodes: int) -> float:
+        """Scores become slopes; the loss sum."""
+        starts, scores = batch.starts[own.start : own.stop + 1], self.scores.numpy()
+        losses = np.empty(len(starts) - 1)
+
+        def act(begin: int, end: int) -> None:
+            rows = slice(begin, end)
+            softmax_rows(scores[rows], num_nodes, starts[begin : end + 1], batch.true, batch.weights, losses[rows])
+
+        self.team(act, len(losses))
+        return float(losses.sum())
+
     def _regularise(self, batch: Questions, known: Part, guessed: Part, relations: Relations) -> None:
         """N3 of every edge's known node, relation and true node (Lacroix et al. 2018, equation 5)."""
         weight = self.config.n3
         totals = np.add.reduceat(batch.weights, batch.starts[:-1])
         operators.add_n3(self.paired, weight, known.vectors[batch.nodes], totals, self.known_grads)
         by_node = np.bincount(batch.true, batch.weights, len(guessed.vectors)).astype(np.float32)
-        operators.add_n3(self.paired, weight, guessed.vectors, by_node, self.grads.numpy())
+        grads = self.grads.numpy()
+
+        def act(begin: int, end: int) -> None:
+            own = slice(begin, end)
+            operators.add_n3(self.paired, weight, guessed.vectors[own], by_node[own], grads[own])
+
+        self.team(act, len(by_node))
         if self.config.operator != "rotation":
             names = self.relation_unique[: self.num_relations]
             by_relation = np.bincount(self.relation_slots[batch.relations], totals, len(names)).astype(np.float32)

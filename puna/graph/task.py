@@ -29,6 +29,7 @@ from puna.graph.worker import Part, Rates, Relations, Worker
 from puna.graph.workers import NUM_ALONE, Workers
 from puna.sparse.hashing import key_of
 from puna.sparse.padding import padded
+from puna.sparse.threads import Team
 from puna.train.config import ScheduleConfig, TrainConfig
 from puna.train.schedule import Schedule
 from puna.train.task import Cursor, Json, Rows, State, StepReport, Task, Tensors
@@ -56,9 +57,9 @@ Batch = Callable[[], Edges] | Callable[[], Questions]
 """Gathered by the worker that trains it."""
 
 
-def num_workers(num_threads: int) -> int:
-    """Workers of a run; 0 threads: one a core."""
-    return num_threads or len(os.sched_getaffinity(0))
+def num_workers(config: GraphConfig, num_threads: int) -> int:
+    """Workers of a run: one a thread, but one in all where edges are trained by question. 0 threads: one a core."""
+    return 1 if config.by_question else num_threads or len(os.sched_getaffinity(0))
 
 
 class GraphTask(Task):
@@ -76,12 +77,14 @@ class GraphTask(Task):
         eval_edges: int = 0,
         start: Start | None = None,
     ) -> None:
-        """num_threads: workers; 0: one a core. eval_edges: held-out edges of an evaluation. start: what it begins with.
+        """num_threads: of all workers; 0: one a core. eval_edges: held-out edges of an evaluation. start: what it goes
+        on from.
 
         Raises DataError (see `Buckets.open`), and RecipeError where the largest bucket does not fit graph.memory.
         """
         self.config, self.graph, self.seed, self.eval_edges = config, graph, seed, eval_edges
-        self.num_workers = num_workers(num_threads)
+        self.num_workers = num_workers(config, num_threads)
+        self.num_threads = num_threads or len(os.sched_getaffinity(0))
         known = (start.counts, start.num_relations) if start and config.freeze else None
         layout = Layout.of(config, graph.types)
         self._refuse_with_features(start)
@@ -146,7 +149,7 @@ class GraphTask(Task):
                 len(edges), self.eval_edges, replace=False
             )
             edges = edges.take(np.sort(chosen))
-        torch.set_num_threads(self.num_workers)
+        torch.set_num_threads(self.num_threads)
         count, candidates = self.config.eval_candidates, None
         if count:
             candidates = draw_all(self.graph, edges, count, self.config.eval_sampling, self.seed)
@@ -303,10 +306,11 @@ class GraphTask(Task):
     def _train(self, unit: Unit, edges: Edges, head_parts: Sequence[Part], tail_parts: Sequence[Part]) -> float:
         """All batches of a unit by all workers; the loss sum, not finite where a gradient was not. Parts by type."""
         if self._workers is None:
-            rows = self.table.layout.most_rows
-            kind = QuestionWorker if self.config.by_question else Worker
-            own = [kind(self.config, self.graph.num_relations, rows) for _ in range(self.num_workers)]
-            self._workers = Workers(own)
+            sizes = self.config, self.graph.num_relations, self.table.layout.most_rows
+            if self.config.by_question:
+                self._workers = Workers([QuestionWorker(*sizes, Team(self.num_threads))], self.num_threads)
+            else:
+                self._workers = Workers([Worker(*sizes) for _ in range(self.num_workers)])
         batches, pools = self._batches(unit, edges), self._pools(edges)
         losses = [0.0] * len(batches)
 

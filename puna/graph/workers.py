@@ -18,9 +18,9 @@ W = TypeVar("W")
 class Workers(Generic[W]):
     """Threads, and what each of them works with."""
 
-    def __init__(self, own: Sequence[W]) -> None:
-        """own: one for each thread."""
-        self.own = own
+    def __init__(self, own: Sequence[W], num_threads: int = 1) -> None:
+        """own: one for each thread. num_threads: that torch's operators have in each."""
+        self.own, self.num_threads = own, num_threads
         self._pool = ThreadPoolExecutor(len(own), "worker")
 
     def share(self, num_batches: int, train: Callable[[W, int], None], num_alone: int = 0) -> None:
@@ -28,7 +28,7 @@ class Workers(Generic[W]):
         todo, lock = iter(range(num_batches)), threading.Lock()
 
         def work(worker: W, most: int) -> None:
-            torch.set_num_threads(1)
+            torch.set_num_threads(self.num_threads)
             for _ in range(most):
                 with lock:
                     n = next(todo, None)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from puna.recsys.config import DlrmConfig
 from puna.recsys.interaction import Products
 from puna.recsys.network import Network
-from puna.recsys.threads import Team
+from puna.sparse.threads import Team
 
 
 class Dlrm(nn.Module):

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from puna.recsys.threads import Team
 from puna.sparse.compiled import exact_kernel
 from puna.sparse.padding import padded
+from puna.sparse.threads import Team
 
 
 @exact_kernel

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from puna.recsys.threads import Team
 from puna.sparse.compiled import exact_kernel, kernel
 from puna.sparse.padding import padded
+from puna.sparse.threads import Team
 
 _ZERO = np.float32(0)
 

@@ -26,9 +26,9 @@ from puna.recsys import lookups
 from puna.recsys.alltoall import Blocks, Exchange, Pending
 from puna.recsys.placement import EVERYWHERE, Shard
 from puna.recsys.table_store import TableStore
-from puna.recsys.threads import Team
 from puna.recsys.wires import Block
 from puna.sparse.hashing import key_of
+from puna.sparse.threads import Team
 from puna.train.task import Rows, State
 
 Ints = npt.NDArray[np.int64]

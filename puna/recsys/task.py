@@ -26,9 +26,9 @@ from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import figures
 from puna.recsys.placement import loads, place
 from puna.recsys.tables import Lookup, Tables
-from puna.recsys.threads import Team
 from puna.recsys.wires import make_wire
 from puna.sparse.hashing import key_of
+from puna.sparse.threads import Team
 from puna.train import mesh
 from puna.train.config import ScheduleConfig, TrainConfig
 from puna.train.memory import keep_freed_memory

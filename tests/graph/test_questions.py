@@ -259,3 +259,19 @@ def test_edges_are_grouped_once_where_units_have_the_same(planted, tmp_path, mon
         orders.append(batches[0].nodes.tolist())
     assert len(sorts) == times
     assert len({tuple(order) for order in orders}) == len(orders)
+
+
+def test_all_threads_train_one_batch_the_same_as_one(planted, tmp_path):
+    """Not as workers without locks do: bit for bit the same each time, and as one thread but for rounding."""
+
+    def trained(name, num_threads):
+        config = config_of(epochs=3, dim=8, n3=1e-3)
+        task = GraphTask(config, ScheduleConfig(decay="constant"), planted, tmp_path / name, num_threads=num_threads)
+        losses = [task.step(unit).loss for unit in task.units(Cursor())]
+        return losses, task.scorer().vectors(np.arange(planted.counts[0]), 0)
+
+    one, two, again = trained("a", 1), trained("b", 3), trained("c", 3)
+    assert two[0] == again[0]
+    np.testing.assert_array_equal(two[1], again[1])
+    np.testing.assert_allclose(two[0], one[0], rtol=1e-5)
+    np.testing.assert_allclose(two[1], one[1], atol=1e-4)

@@ -17,7 +17,7 @@ from puna.recsys.generator import KAGGLE_ROWS, TERABYTE_ROWS, generate, zipf
 from puna.recsys.interaction import Products
 from puna.recsys.network import Network
 from puna.recsys.placement import EVERYWHERE, loads, place
-from puna.recsys.threads import Team
+from puna.sparse.threads import Team
 
 
 @pytest.mark.parametrize("how", ["auto", "table", "row", "column", "data"])
