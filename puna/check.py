@@ -143,10 +143,8 @@ def with_sizes(loaded: Loaded) -> Loaded:
     from puna.train.out_of_memory import limit_bytes
 
     recipe = loaded.recipe
-    graph, job = (
-        Graph.open(recipe.data.path),
-        (num_workers(recipe.graph, recipe.run.num_threads), recipe.eval.tokens > 0),
-    )
+    graph = Graph.open(recipe.data.path)
+    job = num_workers(recipe.graph, recipe.run.num_threads), recipe.eval.tokens > 0
     found = sized(recipe.graph, Sizes.of(graph), limit_bytes(), *job)
     found = {key: value for key, value in found.items() if loaded.origins[f"graph.{key}"] != FLAG.name}
     shown = ", ".join(f"{key} {value}" for key, value in found.items())
@@ -162,9 +160,8 @@ def check_graph(recipe: Recipe) -> dict[str, Any]:
     from puna.graph.task import num_workers
 
     graph = Graph.open(recipe.data.path)
-    found = inspect_graph(
-        recipe.graph, graph, num_workers(recipe.graph, recipe.run.num_threads), recipe.eval.tokens > 0
-    )
+    job = num_workers(recipe.graph, recipe.run.num_threads), recipe.eval.tokens > 0
+    found = inspect_graph(recipe.graph, graph, *job)
     return {"run": recipe.run.dir, "task": recipe.task} | found
 
 

@@ -59,7 +59,11 @@ Batch = Callable[[], Edges] | Callable[[], Questions]
 
 def num_workers(config: GraphConfig, num_threads: int) -> int:
     """Workers of a run: one a thread, but one in all where edges are trained by question. 0 threads: one a core."""
-    return 1 if config.by_question else num_threads or len(os.sched_getaffinity(0))
+    return 1 if config.by_question else _threads(num_threads)
+
+
+def _threads(num_threads: int) -> int:
+    return num_threads or len(os.sched_getaffinity(0))
 
 
 class GraphTask(Task):
@@ -84,7 +88,7 @@ class GraphTask(Task):
         """
         self.config, self.graph, self.seed, self.eval_edges = config, graph, seed, eval_edges
         self.num_workers = num_workers(config, num_threads)
-        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self.num_threads = _threads(num_threads)
         known = (start.counts, start.num_relations) if start and config.freeze else None
         layout = Layout.of(config, graph.types)
         self._refuse_with_features(start)
@@ -307,10 +311,9 @@ class GraphTask(Task):
         """All batches of a unit by all workers; the loss sum, not finite where a gradient was not. Parts by type."""
         if self._workers is None:
             sizes = self.config, self.graph.num_relations, self.table.layout.most_rows
-            if self.config.by_question:
-                self._workers = Workers([QuestionWorker(*sizes, Team(self.num_threads))], self.num_threads)
-            else:
-                self._workers = Workers([Worker(*sizes) for _ in range(self.num_workers)])
+            each = self.num_threads // self.num_workers
+            kind = partial(QuestionWorker, team=Team(each)) if self.config.by_question else Worker
+            self._workers = Workers([kind(*sizes) for _ in range(self.num_workers)], each)
         batches, pools = self._batches(unit, edges), self._pools(edges)
         losses = [0.0] * len(batches)
 

@@ -1,4 +1,4 @@
-"""Inner products of all pairs of vectors of a sample, forward and backward, without index tensors.
+"""Inner products of all pairs of vectors of a sample, forward and backward, in the networks' dtype.
 
 Of x, (b, D), and vectors, (b, T, D), the result is x beside the products of every vector with those before it (x the
 first), D + F (F - 1) / 2 with F = T + 1, in the order of Naumov et al. 2019 (arXiv 1906.00091, section 2.1.3), and

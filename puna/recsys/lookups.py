@@ -15,7 +15,7 @@ import numpy as np
 from puna.sparse.compiled import exact_kernel, fetch_ahead, kernel
 from puna.sparse.hashing import mix
 
-_ZERO, _ONE = np.float32(0), np.float32(1)
+_ZERO = np.float32(0)
 _AHEAD = 16  # rows
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 

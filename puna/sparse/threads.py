@@ -24,10 +24,10 @@ class Team:
 
     def __call__(self, act: Callable[[int, int], None], count: int) -> None:
         """act(begin, end) for consecutive parts of range(count), one a thread."""
-        cuts = [count * n // self.size for n in range(self.size + 1)]
         if not self._parallel:
             act(0, count)
             return
+        cuts = [count * n // self.size for n in range(self.size + 1)]
         failures: list[BaseException] = []
 
         def region(_: object) -> None:
