@@ -39,7 +39,7 @@ class DlrmConfig(Section):
     table_lr: float = setting(0.0, "peak rate of the tables; 0: as dlrm.lr", ge=0)
     eps: float = setting(1e-8, "what adagrad adds to the root of a sum", gt=0)
     dtype: Literal["fp32", "bf16"] = setting(
-        "fp32", "in which the networks multiply; weights, tables, interaction and loss are float32 anyway"
+        "fp32", "in which networks and interaction multiply; weights, tables and loss are float32 anyway"
     )
 
     placement: Placed = setting(

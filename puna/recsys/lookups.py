@@ -14,6 +14,7 @@ import numpy as np
 
 from puna.sparse.compiled import exact_kernel, fetch_ahead, kernel
 from puna.sparse.hashing import mix
+from puna.sparse.rows import add_row, copy_row, step_row
 
 _ZERO = np.float32(0)
 _AHEAD = 16  # rows
@@ -47,6 +48,15 @@ def _place(row: Any, keys: Any) -> Any:
     while keys[at] >= 0 and keys[at] != row:
         at = (at + np.uint64(1)) & mask
     return at
+
+
+@exact_kernel
+def _room(count: int) -> int:
+    """Places of a table of hashes for so many: a power of two, at least twice as many."""
+    size = 2
+    while size < 2 * count:
+        size *= 2
+    return size
 
 
 @exact_kernel
@@ -168,37 +178,60 @@ def unpack(
 
 
 @exact_kernel
-def take(flat: Any, offsets: Any, ids: Any, begin: int, end: int, out: Any) -> None:
-    """out[j, t] = row ids[j, t] of table t, whose numbers begin at offsets[t], for samples begin .. end."""
-    width = out.shape[2]
-    for j in range(begin, end):
-        if j + 1 < end:
+def take(flat: Any, offsets: Any, ids: Any, out: Any) -> None:
+    """out[j, 1 + t] = row ids[j, t] of table t, whose numbers begin at offsets[t]; out: (samples, 1 + T, D)."""
+    samples, width, vectors = ids.shape[0], out.shape[2], out.reshape(-1)
+    for j in range(samples):
+        if j + 1 < samples:
             for t in range(ids.shape[1]):
                 fetch_ahead(flat, offsets[t] + np.int64(ids[j + 1, t]) * width)  # type: ignore[call-arg]
         for t in range(ids.shape[1]):
             source = offsets[t] + np.int64(ids[j, t]) * width
-            for c in range(width):
-                out[j, t, c] = flat[source + c]
+            copy_row(vectors, (j * out.shape[1] + 1 + t) * width, flat, source, width)
 
 
 @exact_kernel
 def spread(rows: Any, row_starts: Any, slots: Any, begin: int, end: int, out: Any) -> None:
-    """out[j, t] = rows[row_starts[t] + slots[j, t]] for samples begin .. end; out: (samples, T, D)."""
+    """out[j, 1 + t] = rows[row_starts[t] + slots[j, t]] for samples begin .. end; out: (samples, 1 + T, D)."""
+    width, vectors, flat = out.shape[2], out.reshape(-1), rows.reshape(-1)
     for j in range(begin, end):
         for t in range(slots.shape[1]):
-            source = row_starts[t] + slots[j, t]
-            for c in range(out.shape[2]):
-                out[j, t, c] = rows[source, c]
+            source = (row_starts[t] + slots[j, t]) * width
+            copy_row(vectors, (j * out.shape[1] + 1 + t) * width, flat, source, width)
 
 
 @exact_kernel
 def fold(gradients: Any, row_starts: Any, slots: Any, begin: int, end: int, out: Any) -> None:
-    """out[row_starts[t] + slots[j, t]] += gradients[j, t] for tables begin .. end, in the order of samples."""
+    """out[row_starts[t] + slots[j, t]] += gradients[j, 1 + t] for tables begin .. end, in the order of samples."""
+    width, rows, flat = out.shape[1], out.reshape(-1), gradients.reshape(-1)
     for j in range(slots.shape[0]):
         for t in range(begin, end):
-            place = row_starts[t] + slots[j, t]
-            for c in range(out.shape[1]):
-                out[place, c] += gradients[j, t, c]
+            place = (row_starts[t] + slots[j, t]) * width
+            add_row(rows, place, flat, (j * gradients.shape[1] + 1 + t) * width, width)
+
+
+@exact_kernel
+def fold_by_id(gradients: Any, ids: Any, heights: Any, begin: int, end: int, rows: Any, out: Any, counts: Any) -> None:
+    """Of tables begin .. end, of so many rows: distinct ids of samples, (B, T), in the order of first sight to rows
+    (T, B), the sums of their gradients to out (T, B, D), how many to counts. gradients: (B, 1 + T, D)."""
+    samples, width, sums, flat = ids.shape[0], out.shape[2], out.reshape(-1), gradients.reshape(-1)
+    stride = gradients.shape[1] * width
+    for t in range(begin, end):
+        keys = np.full(_room(min(samples, heights[t])), -1, np.int32)
+        places, count = np.empty(len(keys), np.int32), 0
+        for j in range(samples):
+            source = j * stride + (1 + t) * width
+            if j + _AHEAD < samples:
+                fetch_ahead(flat, source + _AHEAD * stride)  # type: ignore[call-arg]
+            at = _place(ids[j, t], keys)
+            if keys[at] < 0:
+                keys[at] = rows[t, count] = ids[j, t]
+                places[at] = count
+                copy_row(sums, (t * samples + count) * width, flat, source, width)
+                count += 1
+            else:
+                add_row(sums, (t * samples + places[at]) * width, flat, source, width)
+        counts[t] = count
 
 
 @exact_kernel
@@ -255,13 +288,11 @@ def squares(gradients: Any, out: Any) -> float:
 @exact_kernel
 def step_sgd(flat: Any, offset: int, rows: Any, gradients: Any, rate: Any) -> None:
     """row -= rate x gradient, for every row."""
-    width = gradients.shape[1]
+    width, given = gradients.shape[1], gradients.reshape(-1)
     for i in range(rows.shape[0]):
         if i + _AHEAD < rows.shape[0]:
             fetch_ahead(flat, offset + rows[i + _AHEAD] * width)  # type: ignore[call-arg]
-        at = offset + rows[i] * width
-        for c in range(width):
-            flat[at + c] -= rate * gradients[i, c]
+        step_row(flat, offset + rows[i] * width, given, i * width, width, rate)
 
 
 @exact_kernel
@@ -270,11 +301,11 @@ def step_adagrad(
     eps: Any,
 ) -> None:  # fmt: skip
     """sum += square / dim; row -= rate x gradient / (sqrt(sum) + eps). square: of the whole row, (n,)."""
-    width = gradients.shape[1]
+    width, given = gradients.shape[1], gradients.reshape(-1)
     for i in range(rows.shape[0]):
+        if i + _AHEAD < rows.shape[0]:
+            fetch_ahead(flat, offset + rows[i + _AHEAD] * width)  # type: ignore[call-arg]
         place = sums_offset + rows[i]
         sums[place] += square[i] / np.float32(dim)
         factor = rate / (np.float32(math.sqrt(sums[place])) + eps)
-        at = offset + rows[i] * width
-        for c in range(width):
-            flat[at + c] -= factor * gradients[i, c]
+        step_row(flat, offset + rows[i] * width, given, i * width, width, factor)

@@ -6,6 +6,7 @@ of 368. In bf16, products are of bf16 numbers; weights, their gradients and what
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,65 +16,64 @@ from torch import Tensor, nn
 
 from puna.sparse.compiled import exact_kernel, kernel
 from puna.sparse.padding import padded
-from puna.sparse.threads import Team
 
 _ZERO = np.float32(0)
+_LINEAR = torch.ops.mkldnn._linear_pointwise if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+_SLOPE = 1e-30
+"""oneDNN's ReLU makes 0 of NaN, its leaky ReLU does not; what this slope lets through is lost in any sum in bf16."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a network did with some samples, in its dtype, widths padded."""
+
+    values: list[Tensor]  # what went into the first layer, and what came out of each
+    weights: list[Tensor]
 
 
 class Network(nn.Module):
     """(b, widths[0], or padded with zeros) -> (b, widths[-1]), float32; ReLU between layers, and at the end if `last`.
 
-    Initialised as the reference DLRM is.
+    Initialised as the reference DLRM is. Gradients come from `back`: nothing here has a graph.
     """
 
-    def __init__(self, widths: Sequence[int], *, last: bool, dtype: torch.dtype, team: Team) -> None:
+    def __init__(self, widths: Sequence[int], *, last: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.last, self.dtype, self.team = last, dtype, team
+        self.last, self.dtype = last, dtype
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         for layer in self._linear():
             outputs, inputs = layer.weight.shape
             nn.init.normal_(layer.weight, std=math.sqrt(2 / (inputs + outputs)))
             nn.init.normal_(layer.bias, std=math.sqrt(1 / outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        parameters = [p for layer in self._linear() for p in (layer.weight, layer.bias)]
-        return _Layers.apply(x, self.last, self.dtype, self.team, *parameters)
+    def run(self, x: Tensor) -> tuple[Tensor, Run]:
+        """What comes out, and what `back` wants to know."""
+        weights, values = [], [_wide(x, self.dtype)]
+        for n, layer in enumerate(self._linear()):
+            weights.append(_wide(layer.weight.detach(), self.dtype, rows=True))
+            bias = _wide(layer.bias.detach()[None], self.dtype)[0]
+            values.append(_apply(values[-1], weights[-1], bias, self._has_relu(n)))
+        return values[-1][:, : layer.out_features].float(), Run(values, weights)
+
+    def back(self, run: Run, gradient: Tensor, *, inward: bool = False) -> tuple[Tensor, list[Tensor]]:
+        """Gradients of what went in (padded, in the networks' dtype; only if `inward`), of the parameters in order."""
+        found: list[Tensor] = []
+        change = _wide(gradient, self.dtype)
+        if change.data_ptr() == gradient.data_ptr():
+            change = change.clone()
+        for n, layer in reversed(list(enumerate(self._linear()))):
+            bias = _mask(change, run.values[n + 1], self._has_relu(n))
+            weight = torch.mm(change.t(), run.values[n])[: layer.out_features, : layer.in_features]
+            found = [weight.float().contiguous(), bias[: layer.out_features], *found]
+            if n or inward:
+                change = torch.mm(change, run.weights[n])
+        return change, found
+
+    def _has_relu(self, n: int) -> bool:
+        return self.last or n < len(self.layers) - 1
 
     def _linear(self) -> list[nn.Linear]:
         return [layer for layer in self.layers if isinstance(layer, nn.Linear)]
-
-
-class _Layers(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, last: bool, dtype: torch.dtype, team: Team, *parameters: Tensor) -> Tensor:
-        weights = [_wide(weight.detach(), dtype, rows=True) for weight in parameters[::2]]
-        values = [_wide(x.detach(), dtype)]
-        for n, (weight, bias) in enumerate(zip(weights, parameters[1::2], strict=True)):
-            wide = _wide(bias.detach()[None], dtype)[0]
-            values.append(_apply(values[-1], weight, wide, last or n < len(weights) - 1, team))
-        ctx.save_for_backward(*values, *weights)
-        ctx.dtype = x.dtype
-        ctx.rest = last, team, x.shape[1], [tuple(p.shape) for p in parameters[::2]]
-        return values[-1][:, : len(parameters[-1])].float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        last, team, width, shapes = ctx.rest
-        values, weights = ctx.saved_tensors[: len(shapes) + 1], ctx.saved_tensors[len(shapes) + 1 :]
-        found: list[Tensor | None] = []
-        change = _wide(gradient, values[0].dtype)
-        if change.data_ptr() == gradient.data_ptr():
-            change = change.clone()
-        for n in reversed(range(len(shapes))):
-            outputs, inputs = shapes[n]
-            bias = _mask(change, values[n + 1], last or n < len(shapes) - 1, team)
-            weight = torch.mm(change.t(), values[n])
-            found = [weight[:outputs, :inputs].float(), bias[:outputs], *found]
-            if n or ctx.needs_input_grad[0]:
-                change = torch.mm(change, weights[n])
-        given = change[:, :width].to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return given, None, None, None, *found
 
 
 def _wide(x: Tensor, dtype: torch.dtype, *, rows: bool = False) -> Tensor:
@@ -86,38 +86,32 @@ def _wide(x: Tensor, dtype: torch.dtype, *, rows: bool = False) -> Tensor:
     return out
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor, relu: bool, team: Team) -> Tensor:
+def _apply(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """x weight^T + bias, then ReLU."""
     if x.dtype != torch.float32:
+        if relu and _LINEAR:
+            return _LINEAR(x, weight, bias, "leaky_relu", [_SLOPE], "")
         out = torch.addmm(bias, x, weight.t())
         return out.relu_() if relu else out
     out = torch.mm(x, weight.t())
-    array, numbers = out.numpy(), bias.numpy()
-    team(lambda begin, end: _add_bias(array, numbers, relu, begin, end), len(array))
+    _add_bias(out.numpy(), bias.numpy(), relu)
     return out
 
 
-def _mask(change: Tensor, value: Tensor, relu: bool, team: Team) -> Tensor:
+def _mask(change: Tensor, value: Tensor, relu: bool) -> Tensor:
     """change = 0 where ReLU let nothing through, in place; its sums over samples, float32."""
     if change.dtype != torch.float32:
         if relu:
             torch.ops.aten.threshold_backward.grad_input(change, value, 0, grad_input=change)
         return change.sum(0).float()
-    sums = torch.zeros(team.size, change.shape[1])
-    arrays, total = (change.numpy(), value.numpy()), sums.numpy()
-    cuts = [len(change) * n // team.size for n in range(team.size + 1)]
-
-    def act(first: int, last: int) -> None:
-        for n in range(first, last):
-            _mask_rows(*arrays, relu, cuts[n], cuts[n + 1], total[n])
-
-    team(act, team.size)
-    return sums.sum(0)
+    sums = torch.zeros(change.shape[1])
+    _mask_rows(change.numpy(), value.numpy(), relu, sums.numpy())
+    return sums
 
 
 @exact_kernel
-def _add_bias(out: Any, bias: Any, relu: bool, begin: int, end: int) -> None:
-    for b in range(begin, end):
+def _add_bias(out: Any, bias: Any, relu: bool) -> None:
+    for b in range(out.shape[0]):
         if relu:
             for c in range(out.shape[1]):
                 value = out[b, c] + bias[c]
@@ -128,8 +122,8 @@ def _add_bias(out: Any, bias: Any, relu: bool, begin: int, end: int) -> None:
 
 
 @kernel
-def _mask_rows(change: Any, value: Any, relu: bool, begin: int, end: int, sums: Any) -> None:
-    for b in range(begin, end):
+def _mask_rows(change: Any, value: Any, relu: bool, sums: Any) -> None:
+    for b in range(change.shape[0]):
         for c in range(change.shape[1]):
             kept = change[b, c] if value[b, c] > _ZERO or not relu else _ZERO
             change[b, c] = kept

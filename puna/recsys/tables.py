@@ -2,12 +2,13 @@
 
 lookup = tables.index(ids)                   # which rows this batch needs, from whom, for whom
 pending = tables.send(lookup, bounds)        # rows leave, while the bottom network works
-vectors = tables.receive(lookup, pending)    # (b, T, D), with an autograd graph
+vectors = tables.receive(lookup, pending)    # (b, 1 + T, D), with an autograd graph
 ... backward ...                             # gradients leave, while the bottom network's are computed
 tables.collect()                             # gradients of this rank's rows; nothing is changed yet
 tables.apply(rate)
 
-Where nothing is exchanged (`tables.alone`), `take` stands for `send` and `receive`.
+Where nothing is exchanged (`tables.alone`), `take` stands for all up to `receive`, and `keep` for going backward.
+Vectors have the networks' dtype, and a free place before those of the tables, for what the bottom network gives.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from puna.recsys.placement import EVERYWHERE, Shard
 from puna.recsys.table_store import TableStore
 from puna.recsys.wires import Block
 from puna.sparse.hashing import key_of
+from puna.sparse.rows import array_of
 from puna.sparse.threads import Team
 from puna.train.task import Rows, State
 
@@ -79,6 +81,7 @@ class Tables:
         adagrad: bool = False,
         eps: float = 1e-8,
         distinct: bool = True,
+        dtype: torch.dtype = torch.float32,
         run: Path | None = None,
         team: Team | None = None,
     ) -> None:
@@ -88,6 +91,7 @@ class Tables:
         self.columns = np.concatenate([[0], np.cumsum(hots or [1] * len(self.rows))]).astype(np.int64)
         self.bags = np.diff(self.columns) > 1
         self.seed, self.adagrad, self.eps, self.distinct = seed, adagrad, np.float32(eps), distinct
+        self.dtype = dtype
         self.team, self.rank, self.size = team or Team(), exchange.rank, exchange.size
         self._of_rank = [[n for n, s in enumerate(self.shards) if s.rank == rank] for rank in range(self.size)]
         self._copied = [n for n, s in enumerate(self.shards) if s.rank == EVERYWHERE]
@@ -101,6 +105,8 @@ class Tables:
             key = np.uint64(key_of(seed, shard.table))
             scale = 1 / np.sqrt(max(self.rows[shard.table], 1))
             lookups.fill_uniform(key, shard.first_row, shard.first_col, scale, part)
+        self._table_offsets = np.zeros(len(self.rows), np.int64)  # of whole tables in `flat`
+        self._table_offsets[[shard.table for shard in held]] = self._offsets[:-1]
         self._stores = self._make_stores(run, held) if run else {}
         self._plain = Exchange(exchange.group)
         whole = all(s.rows == self.rows[s.table] and s.width == dim for s in self.shards)
@@ -234,7 +240,7 @@ class Tables:
         terms: Mapping[str, Any] | None = None,
         pending: Pending | None = None,
     ) -> Tensor:
-        """Vectors of this rank's samples, (b, T, D); where gradients are on, with a graph whose backward sends them."""
+        """Vectors of this rank's samples, (b, 1 + T, D); with gradients on, they have a graph that sends them back."""
         exchange = exchange or self.exchange
         sent.requires_grad_(torch.is_grad_enabled())
         arrived = exchange(
@@ -242,20 +248,13 @@ class Tables:
         )
         return _Spread.apply(arrived, partial(self._spread, lookup), partial(self._fold, lookup))
 
-    def take(self, lookup: Lookup) -> Tensor:
-        """As `receive`, where the tables are `alone`: nothing is exchanged, rows are whole and of single ids."""
-        handle = torch.empty(0, requires_grad=torch.is_grad_enabled())
-        return _Spread.apply(handle, lambda _: self._take(lookup), partial(self._keep, lookup))
+    def room(self, num_samples: int) -> Tensor:
+        """For the vectors of so many samples."""
+        return torch.empty(num_samples, 1 + len(self.rows), self.dim, dtype=self.dtype)
 
-    def _take(self, lookup: Lookup) -> Tensor:
-        out = torch.empty(lookup.num_samples, len(self.rows), self.dim)
-        array = out.numpy()
-        offsets = np.empty(len(self.rows), np.int64)
-        offsets[[self.shards[n].table for n in self.local]] = self._offsets[:-1]
-        self.team(
-            lambda begin, end: lookups.take(self.flat, offsets, lookup.ids, begin, end, array), lookup.num_samples
-        )
-        return out
+    def take(self, ids: npt.NDArray[np.int32], out: Tensor) -> None:
+        """What `receive` gives of some samples, to out; by the calling thread, where the tables are `alone`."""
+        lookups.take(self.flat, self._table_offsets, ids, array_of(out))
 
     def look_up(self, ids: npt.NDArray[np.int32]) -> Tensor:
         """Vectors of this rank's part of a batch, exchanged as they are, without a graph."""
@@ -266,8 +265,8 @@ class Tables:
 
     def _spread(self, lookup: Lookup, arrived: Tensor) -> Tensor:
         rows = self._distinct_rows(lookup, arrived)
-        out = torch.empty(lookup.num_samples, len(self.rows), self.dim)
-        array = out.numpy()
+        out = self.room(lookup.num_samples)
+        array = array_of(out)
         self.team(
             lambda begin, end: lookups.spread(rows, lookup.row_starts, lookup.slots, begin, end, array),
             lookup.num_samples,
@@ -309,32 +308,30 @@ class Tables:
 
     def _fold(self, lookup: Lookup, gradients: Tensor) -> Tensor:
         """Gradients of this rank's distinct rows, packed as they go back; those of copies are sent to every rank."""
-        folded = self._folded(lookup, gradients)
+        folded = torch.zeros(lookup.num_rows, self.dim)
+        rows, given = folded.numpy(), array_of(gradients.contiguous())
+        self.team(
+            lambda begin, end: lookups.fold(given, lookup.row_starts, lookup.slots, begin, end, rows), len(self.rows)
+        )
         if self.size == 1:
             return folded.view(-1)
-        rows = folded.numpy()
         if self._copied:
             self._copies.append((lookup, self._send_copies(lookup, rows)))
         packed = torch.empty(_starts(lookup.received)[1])
         self._unpack(lookup, packed.numpy(), rows, backward=True)
         return packed
 
-    def _folded(self, lookup: Lookup, gradients: Tensor) -> Tensor:
-        folded = torch.zeros(lookup.num_rows, self.dim)
-        rows, given = folded.numpy(), gradients.contiguous().numpy()
+    def keep(self, ids: npt.NDArray[np.int32], gradients: Tensor) -> None:
+        """What comes of going backward from `receive`, where the tables are `alone`: gradients for `collect`."""
+        given, heights = array_of(gradients), np.array(self.rows)
+        rows, values = np.empty(ids.shape[::-1], np.int32), np.empty((*ids.shape[::-1], self.dim), np.float32)
+        counts = np.empty(len(rows), np.int64)
         self.team(
-            lambda begin, end: lookups.fold(given, lookup.row_starts, lookup.slots, begin, end, rows), len(self.rows)
+            lambda begin, end: lookups.fold_by_id(given, ids, heights, begin, end, rows, values, counts), len(rows)
         )
-        return folded
-
-    def _keep(self, lookup: Lookup, gradients: Tensor) -> None:
-        """What `_merge` would find in gradients of samples that are all here."""
-        rows = self._folded(lookup, gradients).numpy()
-        square = np.empty(len(rows), np.float32)
-        for n, shard in enumerate(self.shards[n] for n in self.local):
-            count, first = int(lookup.counts[shard.table, 0]), int(lookup.row_starts[shard.table])
-            own = slice(first, first + count)
-            self._kept.append(_Gradients(n, lookup.distinct[shard.table, :count], rows[own], square[own]))
+        for place, t in enumerate(self.shards[n].table for n in self.local):
+            own = slice(counts[t])
+            self._kept.append(_Gradients(place, rows[t, own], values[t, own], np.empty(counts[t], np.float32)))
 
     def _copy_blocks(self, lookup: Lookup, rank: int) -> list[Block]:
         return [Block(int(lookup.counts[self.shards[n].table, rank]), self.dim) for n in self._copied]

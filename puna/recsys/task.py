@@ -24,6 +24,7 @@ from puna.recsys.clicks import Clicks, Samples
 from puna.recsys.config import DlrmConfig, ExchangeConfig
 from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import figures
+from puna.recsys.network import Run
 from puna.recsys.placement import loads, place
 from puna.recsys.tables import Lookup, Tables
 from puna.recsys.wires import make_wire
@@ -52,13 +53,14 @@ class Batch:
     samples: npt.NDArray[np.int64]
     dense: Tensor
     labels: Tensor
-    find: Callable[[], Lookup]
+    table_ids: npt.NDArray[np.int32]  # of the whole batch
+    index: Callable[[npt.NDArray[np.int32]], Lookup]
     step: int
 
     @cached_property
     def lookup(self) -> Lookup:
         """Found in the step: the thread that reads ahead would take cores and lock from the step before."""
-        return self.find()
+        return self.index(self.table_ids)
 
     @property
     def weight(self) -> int:
@@ -78,6 +80,7 @@ class Unit:
     cursor: Cursor
     tokens: int
     batches: tuple[Batch, ...]
+    read_on: Callable[[], None]  # has a thread read the batch after the next, at a time that suits the step
 
 
 class DlrmTask(GradientTask):
@@ -109,7 +112,7 @@ class DlrmTask(GradientTask):
         keep_freed_memory()
         self.team = Team()
         torch.manual_seed(key_of(seed, 0))
-        self.model = Dlrm(config, len(clicks.dense), len(self.rows), self.team)
+        self.model = Dlrm(config, len(clicks.dense), len(self.rows))
         super().__init__(
             {"model": self.model},
             {"dense": dense_optimizer(self.model, config)},
@@ -131,6 +134,7 @@ class DlrmTask(GradientTask):
             adagrad=config.table_optimizer == "adagrad",
             eps=config.eps,
             distinct=exchange.distinct,
+            dtype=self.model.vector_dtype,
             run=run,
             team=self.team,
         )
@@ -164,12 +168,18 @@ class DlrmTask(GradientTask):
         batch = self.config.batch
         todo = range(cursor.units, self.total // batch)
         with ThreadPoolExecutor(1) as pool:
-            coming = [pool.submit(self._load, step) for step in todo[:AHEAD]]
-            for step in todo:
-                loaded = coming.pop(0).result()
-                if step + AHEAD in todo:
-                    coming.append(pool.submit(self._load, step + AHEAD))
-                yield Unit(Cursor(step, step * batch), batch, (loaded,))
+            coming = {step: pool.submit(self._load, step) for step in todo[:AHEAD]}
+
+            def read_on(step: int) -> None:
+                if step in todo:
+                    coming[step] = pool.submit(self._load, step)
+
+            try:
+                for step in todo:
+                    loaded = coming.pop(step).result() if step in coming else self._load(step)
+                    yield Unit(Cursor(step, step * batch), batch, (loaded,), partial(read_on, step + AHEAD))
+            finally:
+                todo = range(0)  # a step that is still done needs no more
 
     def _load(self, step: int) -> Batch:
         batch = self.config.batch
@@ -180,7 +190,8 @@ class DlrmTask(GradientTask):
             samples.numbers[mine],
             torch.from_numpy(samples.dense[mine]),
             torch.from_numpy(samples.labels[mine]),
-            partial(self.tables.index, samples.ids),
+            samples.ids,
+            self.tables.index,
             step,
         )
 
@@ -218,16 +229,49 @@ class DlrmTask(GradientTask):
         record = {"event": "exchange", "step": unit.cursor.units + 1, **self._exchanged(unit)}
         return StepReport(**(vars(report) | {"records": [record]}))
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of the binary cross-entropies of this rank's samples."""
-        if self.tables.alone and not self.bounds.observing:
-            x, vectors = self.model.bottom(batch.dense), self.tables.take(batch.lookup)
-        else:
-            x, vectors = self._exchange(batch)
-        return binary_cross_entropy_with_logits(self.model.top(x, vectors), batch.labels, reduction="sum")
+    def accumulate(self, unit: Unit, factor: float) -> list[Tensor]:  # type: ignore[override]
+        """Then the networks are done, and what is left of the step leaves a core to the thread that reads."""
+        losses = super().accumulate(unit, factor)
+        unit.read_on()
+        return losses
 
-    def _exchange(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The bottom network's output and, exchanged meanwhile, the vectors of this rank's samples."""
+    def differentiate(self, batch: Batch, factor: float) -> Tensor:
+        """Each of the team's threads works on a part of the samples alone, but for the tables."""
+        model, on_parts = self.model, self.team.on_parts
+        alone = self.tables.alone and not self.bounds.observing
+        if alone:
+            vectors = self.tables.room(batch.weight)
+            below = on_parts(self._below, batch.dense, torch.from_numpy(batch.table_ids), vectors)
+        else:
+            below, vectors = self._exchange(batch)
+        change = torch.empty_like(vectors)
+        above = on_parts(partial(self._top, factor), below, vectors.detach(), batch.labels, change)
+        if alone:
+            self.tables.keep(batch.table_ids, change)
+        else:
+            vectors.backward(change)
+        outer = on_parts(lambda part, change: model.back_bottom(part[1], change[:, 0]), below, change)
+        total, *others = (low + high for low, (_, high) in zip(outer, above, strict=True))
+        for other in others:
+            torch._foreach_add_(total, other)
+        for parameter, gradient in zip(model.parameters(), total, strict=True):
+            parameter.grad = gradient
+        return torch.stack([loss for loss, _ in above]).sum()
+
+    def _below(self, dense: Tensor, ids: Tensor, vectors: Tensor) -> tuple[Tensor, Run]:
+        self.tables.take(ids.numpy(), vectors)
+        return self.model.bottom(dense)
+
+    def _top(
+        self, factor: float, below: tuple[Tensor, Run], vectors: Tensor, labels: Tensor, change: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Loss sum and gradients of parameters, times the factor; those of the vectors to `change`."""
+        logits, top = self.model.top(below[0], vectors)
+        loss = binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+        return loss, self.model.back_top(top, (torch.sigmoid(logits) - labels) * factor, change)
+
+    def _exchange(self, batch: Batch) -> tuple[list[tuple[Tensor, Run]], Tensor]:
+        """What the bottom network gives by part and, exchanged meanwhile, the vectors of this rank's samples."""
         tables, terms = self.tables, {}
         forward, backward = self.bounds.forward(batch.step), self.bounds.backward()
         if self.exchange_config.forward == "bounded" or self.exchange_config.backward == "bounded":
@@ -239,8 +283,8 @@ class DlrmTask(GradientTask):
         if self.bounds.observing:
             self._observe(batch.lookup, sent)
         pending = tables.exchange.start(sent, *blocks, terms)
-        x = self.model.bottom(batch.dense)
-        return x, tables.receive(batch.lookup, sent, blocks, terms=terms, pending=pending)
+        below = self.team.on_parts(self.model.bottom, batch.dense)
+        return below, tables.receive(batch.lookup, sent, blocks, terms=terms, pending=pending)
 
     def _observe(self, lookup: Lookup, sent: Tensor) -> None:
         """The homogenisation index of every table in this batch: the mean over the ranks' pieces of what they send."""
@@ -296,7 +340,7 @@ class DlrmTask(GradientTask):
             samples = self._fold(self.clicks.take(split, positions))
             mine = slice(self.rank * whole // self.size, (self.rank + 1) * whole // self.size)
             vectors = self.tables.look_up(samples.ids)
-            found = self.model.top(self.model.bottom(torch.from_numpy(samples.dense[mine])), vectors)
+            found = torch.cat(self.team.on_parts(self._logits, torch.from_numpy(samples.dense[mine]), vectors))
             if self.size > 1:
                 parts = [torch.empty_like(found) for _ in range(self.size)]
                 dist.all_gather(parts, found)
@@ -304,6 +348,10 @@ class DlrmTask(GradientTask):
             logits.append(found.numpy()[:count])
             labels.append(samples.labels[:count])
         return np.concatenate(logits), np.concatenate(labels)
+
+    def _logits(self, dense: Tensor, vectors: Tensor) -> Tensor:
+        x, _ = self.model.bottom(dense)
+        return self.model.top(x, vectors)[0]
 
     def evaluate(self, split: str) -> dict[str, float]:
         """loss, auc, ne and calibration on the last `eval_samples` of the valid split, or of test without one; none

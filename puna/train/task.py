@@ -200,9 +200,15 @@ class GradientTask(Task):
             self._oversight = Oversight(self.modules, self.optimizers, health, limits)
         self.controller = self._oversight.controller if self._oversight else None
 
-    @abstractmethod
     def loss_sum(self, batch: Any) -> Tensor:
         """Sum (not mean) of the losses over the batch's `weight` targets, a scalar with a graph."""
+        raise NotImplementedError
+
+    def differentiate(self, batch: Any, factor: float) -> Tensor:
+        """The sum of the losses, without a graph; adds the gradients of sum x factor to the parameters'."""
+        loss = self.loss_sum(batch)
+        (loss * factor).backward()
+        return loss.detach()
 
     def step(self, unit: GradientUnit) -> StepReport:
         """One optimiser step. Raises DataError (no targets), NonFinite (no controller), Diverged (a controller at its
@@ -235,9 +241,7 @@ class GradientTask(Task):
         losses = []
         for i, batch in enumerate(unit.batches):
             self._reduce_gradients(last=i + 1 == len(unit.batches))
-            loss = self.loss_sum(batch)
-            losses.append(loss.detach())
-            (loss * factor).backward()
+            losses.append(self.differentiate(batch, factor))
         self._average_plain_gradients()
         return losses
 

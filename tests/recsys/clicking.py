@@ -67,3 +67,23 @@ def _then(data: str, run: str, settings: str, count: str, *, load: bool) -> None
         losses = steps(task, number, cursor)
         if rank() == 0:
             (folder / "after.json").write_text(json.dumps(losses))
+
+
+def plain_products(stacked):
+    """By torch, with a graph."""
+    rows, columns = torch.tril_indices(stacked.shape[1], stacked.shape[1], offset=-1)
+    return torch.cat([stacked[:, 0], (stacked @ stacked.transpose(1, 2))[:, rows, columns]], dim=1)
+
+
+def plain_logits(model, dense, vectors):
+    """A model's by torch, with a graph."""
+    x = dense
+    for layer in model.bottom_net.layers:
+        x = layer(x).relu()
+    stacked = torch.cat([x[:, None], vectors], dim=1)
+    first = x = plain_products(stacked) if model.config.interaction == "dot" else stacked.flatten(1)
+    for layer in model.cross:
+        x = first * layer.up(layer.down(x)) + x
+    for layer in model.top_net.layers[:-1]:
+        x = layer(x).relu()
+    return model.top_net.layers[-1](x).squeeze(1)

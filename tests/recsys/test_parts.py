@@ -6,15 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from clicking import plain_logits, plain_products
 
 from puna.errors import DataError, RecipeError
 from puna.recsys.adapt import Bounds, classify, factor, homogenisation
 from puna.recsys.clicks import Clicks
-from puna.recsys.config import ExchangeConfig
+from puna.recsys.config import DlrmConfig, ExchangeConfig
 from puna.recsys.dlrm import Dlrm
 from puna.recsys.figures import auc, figures
 from puna.recsys.generator import KAGGLE_ROWS, TERABYTE_ROWS, generate, zipf
-from puna.recsys.interaction import Products
+from puna.recsys.interaction import products, products_back
 from puna.recsys.network import Network
 from puna.recsys.placement import EVERYWHERE, loads, place
 from puna.sparse.threads import Team
@@ -132,38 +133,51 @@ def test_figures_are_their_definitions():
     assert math.isnan(auc(logits, np.ones(300, np.float32)))
 
 
-@pytest.mark.parametrize(("samples", "tables", "dim"), [(1, 1, 1), (37, 5, 7), (64, 26, 16)])
+def with_room(vectors):
+    """The vectors of tables with a free place before them, which nobody may read."""
+    return torch.cat([torch.full_like(vectors[:, :1], torch.nan), vectors], dim=1)
+
+
+@pytest.mark.parametrize(("samples", "tables", "dim"), [(1, 1, 1), (37, 5, 7), (64, 26, 16), (3, 40, 2)])
 def test_products_equal_torch(samples, tables, dim):
-    x, vectors = (torch.randn(*shape, requires_grad=True) for shape in ((samples, dim), (samples, tables, dim)))
-    out = Products.apply(x, vectors, torch.float32, Team(2))
-    stacked = torch.cat([x[:, None], vectors], dim=1)
-    rows, columns = torch.tril_indices(tables + 1, tables + 1, offset=-1)
-    wanted = torch.cat([x, (stacked @ stacked.transpose(1, 2))[:, rows, columns]], dim=1)
+    vectors = torch.randn(samples, tables + 1, dim, requires_grad=True)
+    out, wanted = products(vectors.detach()), plain_products(vectors)
     width = wanted.shape[1]
     assert out.shape[1] % 16 == 0
     assert not out[:, width:].any()
-    out = out[:, :width]
-    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
-    weights = torch.randn_like(out)
-    got = torch.autograd.grad((out * weights).sum(), (x, vectors))
-    for a, b in zip(got, torch.autograd.grad((wanted * weights).sum(), (x, vectors)), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out[:, :width], wanted, atol=1e-5, rtol=1e-5)
+    weights, got = torch.randn_like(out), torch.empty_like(vectors)
+    products_back(vectors.detach(), weights, got)
+    (again,) = torch.autograd.grad((wanted * weights[:, :width]).sum(), vectors)
+    torch.testing.assert_close(got, again, atol=1e-4, rtol=1e-4)
 
 
-def test_in_bfloat16_products_and_networks_are_those_of_rounded_numbers():
-    """Forward and gradients, against float32 with what is given rounded first."""
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("interaction", ["dot", "cat", "cross"])
+def test_gradients_by_hand_are_those_of_autograd(interaction, dtype):
+    """Of every parameter and of the tables' vectors; bf16 against float32 with vectors and weights rounded first."""
     torch.manual_seed(0)
-    network = Network((16 + 27 * 13, 33, 1), last=False, dtype=torch.bfloat16, team=Team(2))
-    plain = Network((16 + 27 * 13, 33, 1), last=False, dtype=torch.float32, team=Team(2))
-    plain.load_state_dict({name: value.bfloat16() for name, value in network.state_dict().items()})
-    x, vectors = (torch.randn(*shape).bfloat16().float().requires_grad_() for shape in ((64, 16), (64, 26, 16)))
-    found = []
-    for dtype, net in ((torch.bfloat16, network), (torch.float32, plain)):
-        out = net(Products.apply(x, vectors, dtype, Team(2)))
-        found.append((out, *torch.autograd.grad(out.sum(), (x, vectors, *net.parameters()))))
-    for ours, wanted in zip(*found, strict=True):
-        assert ours.dtype == torch.float32
-        assert (ours - wanted).norm() < 0.1 * wanted.norm()
+    config = DlrmConfig(dim=7, bottom=(33, 20), top=(50, 30), interaction=interaction, cross_rank=9, dtype=dtype)
+    model = Dlrm(config, 13, 26)
+    model.load_state_dict({name: value.bfloat16() for name, value in model.state_dict().items()})
+    dense, vectors = torch.randn(64, 13).bfloat16().float(), torch.randn(64, 26, 7).bfloat16().float()
+    vectors.requires_grad_()
+    wanted = plain_logits(model, dense, vectors)
+    weights = torch.randn(64)
+    grads = torch.autograd.grad((wanted * weights).sum(), [vectors, *model.parameters()])
+    x, run = model.bottom(dense)
+    logits, top = model.top(x, with_room(vectors.detach()).to(model.vector_dtype))
+    change = torch.empty_like(top.vectors)
+    above = model.back_top(top, weights, change)
+    found = [logits, change[:, 1:], *model.back_bottom(run, change[:, 0]), *above]
+    assert [ours.shape for ours in found] == [theirs.shape for theirs in [wanted, *grads]]
+    if dtype == "fp32":
+        for ours, theirs in zip(found, [wanted, *grads], strict=True):
+            assert (ours - theirs).norm() < 2e-5 * theirs.norm()
+        return
+    assert (logits - wanted).norm() < 0.02 * wanted.norm()
+    ours, theirs = (torch.cat([x.float().flatten() for x in part]) for part in (found[1:], grads))
+    assert (ours - theirs).norm() < 0.1 * theirs.norm(), "of one tensor, a sum that nearly cancels is off by more"
 
 
 def test_threads_share_the_work_and_tell_of_what_fails():
@@ -179,25 +193,26 @@ def test_threads_share_the_work_and_tell_of_what_fails():
 @pytest.mark.parametrize("widths", [(13, 512, 16), (367, 33, 1), (16, 16), (5, 3, 2, 7)])
 def test_networks_equal_torch(widths, last):
     """Forward, and gradients of inputs, weights and biases."""
-    network = Network(widths, last=last, dtype=torch.float32, team=Team(2))
+    network = Network(widths, last=last, dtype=torch.float32)
     layers = [part for layer in network.layers for part in (layer, torch.nn.ReLU())]
     plain = torch.nn.Sequential(*(layers if last else layers[:-1]))
     x = torch.randn(37, widths[0], requires_grad=True)
-    out, wanted = network(x), plain(x)
+    (out, run), wanted = network.run(x.detach()), plain(x)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     weights = torch.randn_like(out)
+    given, found = network.back(run, weights, inward=True)
+    got = (given[:, : widths[0]], *found)
     inputs = (x, *network.parameters())
-    got = torch.autograd.grad((out * weights).sum(), inputs)
     for a, b in zip(got, torch.autograd.grad((wanted * weights).sum(), inputs), strict=True):
         torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4)
     zeros = torch.zeros(37, -widths[0] % 16)
-    torch.testing.assert_close(network(torch.cat([x, zeros], dim=1)), wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(network.run(torch.cat([x.detach(), zeros], dim=1))[0], wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_number_that_is_not_one_goes_through_relu(dtype):
-    network = Network((3, 4, 2), last=True, dtype=dtype, team=Team(1))
-    assert network(torch.tensor([[float("nan"), 0, 0]])).isnan().all()
+    network = Network((3, 4, 2), last=True, dtype=dtype)
+    assert network.run(torch.tensor([[float("nan"), 0, 0]]))[0].isnan().all()
 
 
 def test_the_kaggle_recipe_has_the_published_sizes():
@@ -214,10 +229,8 @@ def test_the_kaggle_recipe_has_the_published_sizes():
 
 
 def test_a_model_without_dense_features():
-    from puna.recsys.config import DlrmConfig
-
     model = Dlrm(DlrmConfig(dim=4, bottom=(4,), top=(4,)), 0, 2)
-    out = model.top(model.bottom(torch.empty(3, 0)), torch.randn(3, 2, 4))
+    out, _ = model.top(model.bottom(torch.empty(3, 0))[0], with_room(torch.randn(3, 2, 4)))
     assert out.shape == (3,)
 
 
