@@ -69,6 +69,11 @@ class ExchangeConfig(Section):
     distinct: bool = setting(
         True, "rows and gradients that a batch names several times are sent once, gradients summed first; exact"
     )
+    dither: bool = setting(
+        True,
+        "bounded rows get noise before they are rounded that the receiver takes off: the same bound, and errors "
+        "that do not depend on the rows; false: to the nearest, as published, in fewer bytes",
+    )
     local: bool = setting(False, "what stays on its rank is put through the codec too, as if it were sent")
     tight: float = setting(0.01, "bound of tables of class tight, over the range of what is sent", gt=0, lt=1)
     base: float = setting(0.03, "bound of class base", gt=0, lt=1)

@@ -67,6 +67,8 @@ class DeviceBounded(DeviceWire):
         return None
 
     def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], dithered: bool) -> list[Tensor]:
+        if any(block.dither for block in blocks):
+            raise NotImplementedError("rows on a GPU are sent without dither")
         slices = [DeviceSlice(part, _ids(b, part), b.bound) for b, part in zip(blocks, rows, strict=True)]
         if dithered:
             noisy = [n for n, block in enumerate(blocks) if block.bound and block.seed]

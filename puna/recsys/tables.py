@@ -81,6 +81,7 @@ class Tables:
         adagrad: bool = False,
         eps: float = 1e-8,
         distinct: bool = True,
+        dither: bool = False,
         dtype: torch.dtype = torch.float32,
         run: Path | None = None,
         team: Team | None = None,
@@ -91,7 +92,7 @@ class Tables:
         self.columns = np.concatenate([[0], np.cumsum(hots or [1] * len(self.rows))]).astype(np.int64)
         self.bags = np.diff(self.columns) > 1
         self.seed, self.adagrad, self.eps, self.distinct = seed, adagrad, np.float32(eps), distinct
-        self.dtype = dtype
+        self.dither, self.dtype = dither, dtype
         self.team, self.rank, self.size = team or Team(), exchange.rank, exchange.size
         self._of_rank = [[n for n, s in enumerate(self.shards) if s.rank == rank] for rank in range(self.size)]
         self._copied = [n for n, s in enumerate(self.shards) if s.rank == EVERYWHERE]
@@ -197,10 +198,11 @@ class Tables:
 
         def block(n: int, rows: int, width: int, owner: int, user: int) -> Block:
             table = self.shards[n].table
-            mark = key_of(seed, n, owner, user) if backward[table] else 0
+            mark = key_of(seed, n, owner, user)
             known = not self.bags[table] and (forward[table] or backward[table])
             ids = self._ids(lookup, n, user) if known else None
-            return Block(rows, width, forward[table], backward[table], mark, ids, ids if self.distinct else None)
+            noise = mark if self.dither else 0
+            return Block(rows, width, forward[table], backward[table], mark, noise, ids, ids if self.distinct else None)
 
         ranks = range(self.size)
         return of(lookup.sent, True), of(lookup.received, False)

@@ -134,6 +134,7 @@ class DlrmTask(GradientTask):
             adagrad=config.table_optimizer == "adagrad",
             eps=config.eps,
             distinct=exchange.distinct,
+            dither=exchange.dither,
             dtype=self.model.vector_dtype,
             run=run,
             team=self.team,
@@ -275,7 +276,7 @@ class DlrmTask(GradientTask):
         tables, terms = self.tables, {}
         forward, backward = self.bounds.forward(batch.step), self.bounds.backward()
         if self.exchange_config.forward == "bounded" or self.exchange_config.backward == "bounded":
-            terms = {"step": batch.step, "codec": self.exchange_config.codec}
+            terms = {"step": batch.step, "codec": self.exchange_config.codec, "dither": self.exchange_config.dither}
             terms |= {f"bound of {name}": bound for name, bound in zip(self.clicks.tables, forward, strict=True)}
             terms |= {"bound of gradients": backward[0]}
         blocks = tables.blocks(batch.lookup, forward, backward, key_of(self.seed, 1, batch.step))

@@ -29,8 +29,8 @@ class Block:
     """Rows of one table, or of a piece of it, for one rank (or from it).
 
     bound, back: largest error over the range of the block, forward and backward; 0: as float32. seed: of rounding
-    without bias, backward; 0: to the nearest. ids, back_ids: (rows,) that both ends know; rows of one id are equal, and
-    sent once; None: repeats are looked for.
+    without bias, backward; 0: to the nearest. dither: seed of noise that both ends know, forward; 0: none. ids,
+    back_ids: (rows,) that both ends know; rows of one id are equal, and sent once; None: repeats are looked for.
     """
 
     rows: int
@@ -38,6 +38,7 @@ class Block:
     bound: float = 0.0
     back: float = 0.0
     seed: int = 0
+    dither: int = 0
     ids: Any = field(default=None, compare=False)
     back_ids: Any = field(default=None, compare=False)
 
@@ -48,7 +49,7 @@ class Block:
 
     def turned(self) -> "Block":
         """The block of its gradients, on the way back."""
-        return replace(self, bound=self.back, back=self.bound, ids=self.back_ids, back_ids=self.ids)
+        return replace(self, bound=self.back, back=self.bound, dither=0, ids=self.back_ids, back_ids=self.ids)
 
 
 class Wire(Protocol):
@@ -164,7 +165,8 @@ class Bounded:
     """The error-bounded codec on blocks with a bound, float32 on those without.
 
     Gradients are rounded without bias: noise that is even over one step of the quantiser is added first, so that the
-    expectation of what arrives is what was sent (Schuchman 1964); the error is then at most twice the bound.
+    expectation of what arrives is what was sent (Schuchman 1964); the error is then at most twice the bound. Of rows
+    with a `dither` the receiver takes the noise off again: the error keeps the bound, and does not depend on the row.
     """
 
     name = "bounded"
@@ -180,16 +182,63 @@ class Bounded:
     def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], dithered: bool) -> list[Any]:
         from puna.recsys.codec.api import Slice
 
-        slices = []
+        slices, errors = [], []
         for block, part in zip(blocks, rows, strict=True):
             bound = block.bound
             if dithered and bound and block.seed:
                 part, bound = with_noise(part, bound, block.seed)
+            if not dithered and bound and block.dither:
+                part, bound, error = dithering(part, bound, block)
+                errors.append(error)
             slices.append(Slice(part, block.ids, bound or 0.5, self.codec if bound else "raw"))
-        return [np.frombuffer(stream, np.uint8) for stream in self._coder.encode_many(slices)]
+        streams = self._coder.encode_many(slices)
+        tails = iter(errors)
+        return [
+            np.frombuffer(stream + (next(tails).tobytes() if b.bound and b.dither and not dithered else b""), np.uint8)
+            for b, stream in zip(blocks, streams, strict=True)
+        ]
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
-        self._coder.decode_many(list(streams), [block.ids for block in blocks], list(outs))
+        """Ends with the noise's size, float32, where there is one."""
+        noisy = [block.dither and block.bound for block in blocks]
+        whole = [stream[:-4] if noise else stream for stream, noise in zip(streams, noisy, strict=True)]
+        self._coder.decode_many(whole, [block.ids for block in blocks], list(outs))
+        for block, stream, out, noise in zip(blocks, streams, outs, noisy, strict=True):
+            if noise:
+                error = np.frombuffer(stream[-4:].tobytes(), "<f4")[0]
+                _add_dither(out, *_keyed(block), -error, out)
+
+
+_MARGIN = 0.999
+"""Of the bound is the quantiser's; the rest is for sums in float32."""
+
+
+def dithering(rows: Rows, bound: float, block: Block) -> tuple[Rows, float, np.float32]:
+    """Rows with their noise, the bound that makes the same error of them, and the size of the noise."""
+    low, high = _range(rows)
+    error = np.float32(bound * (float(high) - float(low)) * _MARGIN)
+    if not error > 0 or not np.isfinite(error):
+        return rows, bound, np.float32(0)
+    noisy = np.empty_like(rows)
+    _add_dither(rows, *_keyed(block), error, noisy)
+    low, high = _range(noisy)
+    return noisy, min(0.5, float(error) / (float(high) - float(low))), error
+
+
+def _keyed(block: Block) -> tuple[Any, Any]:
+    """By what the noise of a block's rows is drawn: equal ids have equal noise."""
+    ids = np.arange(block.rows, dtype=np.int32) if block.ids is None else block.ids
+    return np.uint64(block.dither), ids
+
+
+@exact_kernel
+def _add_dither(rows: Any, seed: Any, ids: Any, error: Any, out: Any) -> None:
+    """out = rows + error x noise, even over -1 .. 1: of a row, one random number and steps of the golden ratio."""
+    for i in range(rows.shape[0]):
+        bits = np.uint32(mix(seed + np.uint64(ids[i])) >> np.uint64(32))
+        for k in range(rows.shape[1]):
+            place = bits + np.uint32(k) * np.uint32(0x9E3779B9)
+            out[i, k] = rows[i, k] + error * (np.float32(np.int32(place)) * np.float32(2.0**-31))
 
 
 def with_noise(rows: Rows, bound: float, seed: int) -> tuple[Rows, float]:

@@ -1,5 +1,7 @@
 """The exchange: rows arrive, gradients return; plain is torch's own; bounds hold; ranks that disagree are named."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -166,3 +168,47 @@ def test_noise_makes_rounding_unbiased():
     np.testing.assert_allclose(total / draws, rows[0], atol=4 * error / np.sqrt(draws) * 2)
     plain = np.rint(rows[0] / (2 * error)) * 2 * error
     assert np.abs(plain - rows[0]).max() > 0.02
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("shape", [(300, 16), (1, 1), (40, 7)])
+def test_dithered_rows_keep_the_bound_and_both_ends_know_the_noise(shape, known):
+    """Also beside NaN and infinity, and where all rows are equal."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 50, shape[0]).astype(np.int32)
+    table = (rng.standard_normal((50, shape[1])) ** 3).astype(np.float32)
+    strange = table[ids].copy()
+    strange[ids == ids[0], 0] = np.nan
+    strange[ids == ids[-1], -1] = -np.inf
+    for rows in (table[ids], strange, np.full(shape, 0.3, np.float32)):
+        block = Block(*shape, 0.05, dither=77, ids=ids if known else None)
+        (stream,) = make_wire("bounded").encode([block], [rows], False)
+        out, other = np.empty_like(rows), np.empty_like(rows)
+        make_wire("bounded").decode([block], [stream], [out])
+        make_wire("bounded").decode([replace(block, dither=78)], [stream], [other])
+        finite = np.isfinite(rows)
+        spread = np.ptp(rows[finite]) if finite.any() else 0.0
+        assert np.array_equal(out[~finite], rows[~finite], equal_nan=True)
+        assert np.abs(out[finite] - rows[finite]).max(initial=0) <= 0.05 * spread
+        if spread and rows.size > 100:
+            assert np.abs(other[finite] - rows[finite]).max() > 0.05 * spread
+        if known:
+            assert all(
+                np.array_equal(out[ids == n], out[ids == n][:1].repeat((ids == n).sum(), 0), equal_nan=True)
+                for n in ids
+            )
+
+
+def test_what_dither_does_to_a_row_does_not_depend_on_it():
+    """Rows far below the bound arrive in the mean, which to the nearest they never do."""
+    rows = np.array([[0.001, -0.004, 1.0, -1.0]], np.float32)
+    total, draws = np.zeros(2), 4000
+    for seed in range(1, draws + 1):
+        (stream,) = make_wire("bounded").encode([block := Block(1, 4, 0.03, dither=seed)], [rows], False)
+        make_wire("bounded").decode([block], [stream], [out := np.empty_like(rows)])
+        total += out[0, :2]
+    np.testing.assert_allclose(total / draws, rows[0, :2], atol=4 * 0.06 / np.sqrt(3 * draws))
+    assert abs(total[0] - total[1]) / draws > 0.002
+    (stream,) = make_wire("bounded").encode([block := Block(1, 4, 0.03)], [rows], False)
+    make_wire("bounded").decode([block], [stream], [out := np.empty_like(rows)])
+    assert not out[0, :2].any()
