@@ -210,10 +210,27 @@ def fold(gradients: Any, row_starts: Any, slots: Any, begin: int, end: int, out:
             add_row(rows, place, flat, (j * gradients.shape[1] + 1 + t) * width, width)
 
 
+@kernel
+def squares(gradients: Any, count: int, out: Any) -> float:
+    """out[i] = sum of the squares of row i; the sum of all, not finite where a number is not."""
+    total = 0.0
+    for i in range(count):
+        square = _ZERO
+        for c in range(gradients.shape[1]):
+            square += gradients[i, c] * gradients[i, c]
+        out[i] = square
+        total += float(square)
+    return total
+
+
 @exact_kernel
-def fold_by_id(gradients: Any, ids: Any, heights: Any, begin: int, end: int, rows: Any, out: Any, counts: Any) -> None:
+def fold_by_id(
+    gradients: Any, ids: Any, heights: Any, begin: int, end: int, rows: Any, out: Any, square: Any, counts: Any,
+    totals: Any,
+) -> None:  # fmt: skip
     """Of tables begin .. end, of so many rows: distinct ids of samples, (B, T), in the order of first sight to rows
-    (T, B), the sums of their gradients to out (T, B, D), how many to counts. gradients: (B, 1 + T, D)."""
+    (T, B), the sums of their gradients to out (T, B, D), the squares of those to square (T, B); how many to counts and
+    the sum of the squares to totals. gradients: (B, 1 + T, D)."""
     samples, width, sums, flat = ids.shape[0], out.shape[2], out.reshape(-1), gradients.reshape(-1)
     stride = gradients.shape[1] * width
     for t in range(begin, end):
@@ -232,6 +249,7 @@ def fold_by_id(gradients: Any, ids: Any, heights: Any, begin: int, end: int, row
             else:
                 add_row(sums, (t * samples + places[at]) * width, flat, source, width)
         counts[t] = count
+        totals[t] = squares(out[t], count, square[t])
 
 
 @exact_kernel
@@ -272,40 +290,43 @@ def merge(
     return found
 
 
-@kernel
-def squares(gradients: Any, out: Any) -> float:
-    """out[i] = sum of the squares of row i; the sum of all, not finite where a number is not."""
-    total = 0.0
-    for i in range(gradients.shape[0]):
-        square = _ZERO
-        for c in range(gradients.shape[1]):
-            square += gradients[i, c] * gradients[i, c]
-        out[i] = square
-        total += float(square)
-    return total
-
-
 @exact_kernel
-def step_sgd(flat: Any, offset: int, rows: Any, gradients: Any, rate: Any) -> None:
-    """row -= rate x gradient, for every row."""
+def step_sgd(flat: Any, offset: int, rows: Any, count: int, gradients: Any, rate: Any) -> None:
+    """row -= rate x gradient, for so many rows."""
     width, given = gradients.shape[1], gradients.reshape(-1)
-    for i in range(rows.shape[0]):
-        if i + _AHEAD < rows.shape[0]:
+    for i in range(count):
+        if i + _AHEAD < count:
             fetch_ahead(flat, offset + rows[i + _AHEAD] * width)  # type: ignore[call-arg]
         step_row(flat, offset + rows[i] * width, given, i * width, width, rate)
 
 
 @exact_kernel
 def step_adagrad(
-    flat: Any, offset: int, sums: Any, sums_offset: int, rows: Any, gradients: Any, square: Any, dim: int, rate: Any,
-    eps: Any,
+    flat: Any, offset: int, sums: Any, sums_offset: int, rows: Any, count: int, gradients: Any, square: Any, dim: int,
+    rate: Any, eps: Any,
 ) -> None:  # fmt: skip
     """sum += square / dim; row -= rate x gradient / (sqrt(sum) + eps). square: of the whole row, (n,)."""
     width, given = gradients.shape[1], gradients.reshape(-1)
-    for i in range(rows.shape[0]):
-        if i + _AHEAD < rows.shape[0]:
+    for i in range(count):
+        if i + _AHEAD < count:
             fetch_ahead(flat, offset + rows[i + _AHEAD] * width)  # type: ignore[call-arg]
         place = sums_offset + rows[i]
         sums[place] += square[i] / np.float32(dim)
         factor = rate / (np.float32(math.sqrt(sums[place])) + eps)
         step_row(flat, offset + rows[i] * width, given, i * width, width, factor)
+
+
+@exact_kernel
+def step_kept(
+    flat: Any, offsets: Any, sums: Any, rows: Any, counts: Any, gradients: Any, square: Any, rate: Any, eps: Any,
+    begin: int, end: int,
+) -> None:  # fmt: skip
+    """Steps of the whole tables begin .. end, with what `fold_by_id` gave; sums: of all tables, none: SGD."""
+    dim = gradients.shape[2]
+    for t in range(begin, end):
+        if len(sums):
+            step_adagrad(
+                flat, offsets[t], sums, offsets[t] // dim, rows[t], counts[t], gradients[t], square[t], dim, rate, eps
+            )
+        else:
+            step_sgd(flat, offsets[t], rows[t], counts[t], gradients[t], rate)

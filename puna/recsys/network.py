@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from puna.sparse.compiled import exact_kernel, kernel
+from puna.sparse.compiled import exact_kernel
 from puna.sparse.padding import padded
+from puna.sparse.rows import BLOCK, array_of, mask_block
 
 _ZERO = np.float32(0)
-_LINEAR = torch.ops.mkldnn._linear_pointwise if torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 _SLOPE = 1e-30
 """oneDNN's ReLU makes 0 of NaN, its leaky ReLU does not; what this slope lets through is lost in any sum in bf16."""
 
@@ -89,8 +90,8 @@ def _wide(x: Tensor, dtype: torch.dtype, *, rows: bool = False) -> Tensor:
 def _apply(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
     """x weight^T + bias, then ReLU."""
     if x.dtype != torch.float32:
-        if relu and _LINEAR:
-            return _LINEAR(x, weight, bias, "leaky_relu", [_SLOPE], "")
+        if relu and _HAS_ONEDNN:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "leaky_relu", [_SLOPE], "")
         out = torch.addmm(bias, x, weight.t())
         return out.relu_() if relu else out
     out = torch.mm(x, weight.t())
@@ -100,12 +101,10 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
 
 def _mask(change: Tensor, value: Tensor, relu: bool) -> Tensor:
     """change = 0 where ReLU let nothing through, in place; its sums over samples, float32."""
-    if change.dtype != torch.float32:
-        if relu:
-            torch.ops.aten.threshold_backward.grad_input(change, value, 0, grad_input=change)
-        return change.sum(0).float()
+    if not relu:
+        return change.float().sum(0)
     sums = torch.zeros(change.shape[1])
-    _mask_rows(change.numpy(), value.numpy(), relu, sums.numpy())
+    _mask_rows(array_of(change.view(-1)), array_of(value.view(-1)), sums.numpy())
     return sums
 
 
@@ -121,10 +120,8 @@ def _add_bias(out: Any, bias: Any, relu: bool) -> None:
                 out[b, c] += bias[c]
 
 
-@kernel
-def _mask_rows(change: Any, value: Any, relu: bool, sums: Any) -> None:
-    for b in range(change.shape[0]):
-        for c in range(change.shape[1]):
-            kept = change[b, c] if value[b, c] > _ZERO or not relu else _ZERO
-            change[b, c] = kept
-            sums[c] += kept
+@exact_kernel
+def _mask_rows(change: Any, value: Any, sums: Any) -> None:
+    for b in range(0, change.shape[0], sums.shape[0]):
+        for c in range(0, sums.shape[0], BLOCK):
+            mask_block(change, b + c, value, b + c, sums, c)  # type: ignore[call-arg]

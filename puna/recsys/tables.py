@@ -66,6 +66,25 @@ class _Gradients:
     square: npt.NDArray[np.float32]
 
 
+@dataclass
+class _Kept:
+    """Of all tables, (T, ...), where one rank has them alone; see `lookups.fold_by_id`."""
+
+    rows: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+    square: npt.NDArray[np.float32]
+    counts: Ints
+    totals: npt.NDArray[np.float64]
+
+    @classmethod
+    def room(cls, num_tables: int, num_samples: int, dim: int) -> "_Kept":
+        shape = num_tables, num_samples
+        rows, square = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        return cls(
+            rows, np.empty((*shape, dim), np.float32), square, np.zeros(num_tables, np.int64), np.zeros(num_tables)
+        )
+
+
 class Tables:
     """This rank's shards, their Adagrad sums, and the exchange between ranks."""
 
@@ -115,7 +134,7 @@ class Tables:
         self._coming: list[tuple[Lookup, Pending]] = []
         self._copies: list[tuple[Lookup, Pending]] = []
         self._gradients: list[_Gradients] = []
-        self._kept: list[_Gradients] = []
+        self._kept: _Kept | None = None
 
     # --- state ---------------------------------------------------------------------------------------------------
 
@@ -323,17 +342,14 @@ class Tables:
         self._unpack(lookup, packed.numpy(), rows, backward=True)
         return packed
 
-    def keep(self, ids: npt.NDArray[np.int32], gradients: Tensor) -> None:
-        """What comes of going backward from `receive`, where the tables are `alone`: gradients for `collect`."""
+    def keep(self, ids: npt.NDArray[np.int32], gradients: Tensor) -> Callable[[int, int], None]:
+        """Going backward from `receive`, where the tables are `alone`: call what it gives with (begin, end) until all
+        tables have had their turn, then `collect`."""
         given, heights = array_of(gradients), np.array(self.rows)
-        rows, values = np.empty(ids.shape[::-1], np.int32), np.empty((*ids.shape[::-1], self.dim), np.float32)
-        counts = np.empty(len(rows), np.int64)
-        self.team(
-            lambda begin, end: lookups.fold_by_id(given, ids, heights, begin, end, rows, values, counts), len(rows)
+        kept = self._kept = _Kept.room(len(self.rows), len(ids), self.dim)
+        return lambda begin, end: lookups.fold_by_id(
+            given, ids, heights, begin, end, kept.rows, kept.values, kept.square, kept.counts, kept.totals
         )
-        for place, t in enumerate(self.shards[n].table for n in self.local):
-            own = slice(counts[t])
-            self._kept.append(_Gradients(place, rows[t, own], values[t, own], np.empty(counts[t], np.float32)))
 
     def _copy_blocks(self, lookup: Lookup, rank: int) -> list[Block]:
         return [Block(int(lookup.counts[self.shards[n].table, rank]), self.dim) for n in self._copied]
@@ -351,7 +367,9 @@ class Tables:
 
         Returns this rank's share of the squared norm of all gradients; not finite where a gradient is not.
         """
-        self._gradients, self._kept = self._kept, []
+        if self._kept:
+            return float(self._kept.totals.sum())
+        self._gradients = []
         for lookup, pending in self._coming:
             starts, _ = _starts(lookup.sent)
             self._merge(lookup, pending.wait().numpy(), self._of_rank[self.rank], starts, 0)
@@ -394,7 +412,7 @@ class Tables:
         self._gradients += [gradient for gradient in found if gradient is not None]
 
     def _square(self, gradient: _Gradients) -> float:
-        return float(lookups.squares(gradient.values, gradient.square))
+        return float(lookups.squares(gradient.values, len(gradient.values), gradient.square))
 
     def _sum_over_columns(self) -> None:
         """Adagrad wants the square of the whole row, which ranks hold in pieces where a table is cut by columns."""
@@ -409,17 +427,25 @@ class Tables:
     def apply(self, rate: float) -> None:
         """One step of SGD or row-wise Adagrad on the rows that have gradients."""
         speed = np.float32(rate)
+        if kept := self._kept:
+            given = kept.rows, kept.counts, kept.values, kept.square, speed, self.eps
+            self.team(
+                lambda *part: lookups.step_kept(self.flat, self._table_offsets, self.sums, *given, *part),
+                len(self.rows),
+            )
+            self._kept = None
+            return
 
         def act(begin: int, end: int) -> None:
             for gradient in self._gradients[begin:end]:
                 n, rows, values = gradient.shard, gradient.rows, gradient.values
                 if self.adagrad:
                     lookups.step_adagrad(
-                        self.flat, self._offsets[n], self.sums, self._sum_offsets[n], rows, values, gradient.square,
-                        self.dim, speed, self.eps,
+                        self.flat, self._offsets[n], self.sums, self._sum_offsets[n], rows, len(rows), values,
+                        gradient.square, self.dim, speed, self.eps,
                     )  # fmt: skip
                 else:
-                    lookups.step_sgd(self.flat, self._offsets[n], rows, values, speed)
+                    lookups.step_sgd(self.flat, self._offsets[n], rows, len(rows), values, speed)
 
         self.team(act, len(self._gradients))
         self._gradients = []

@@ -247,11 +247,11 @@ class DlrmTask(GradientTask):
             below, vectors = self._exchange(batch)
         change = torch.empty_like(vectors)
         above = on_parts(partial(self._top, factor), below, vectors.detach(), batch.labels, change)
-        if alone:
-            self.tables.keep(batch.table_ids, change)
-        else:
+        fold = self.tables.keep(batch.table_ids, change) if alone else None
+        if not alone:
             vectors.backward(change)
-        outer = on_parts(lambda part, change: model.back_bottom(part[1], change[:, 0]), below, change)
+        tables = self.team.shares(len(self.rows))
+        outer = on_parts(partial(self._outward, fold), tables, below, change)
         total, *others = (low + high for low, (_, high) in zip(outer, above, strict=True))
         for other in others:
             torch._foreach_add_(total, other)
@@ -270,6 +270,18 @@ class DlrmTask(GradientTask):
         logits, top = self.model.top(below[0], vectors)
         loss = binary_cross_entropy_with_logits(logits, labels, reduction="sum")
         return loss, self.model.back_top(top, (torch.sigmoid(logits) - labels) * factor, change)
+
+    def _outward(
+        self,
+        fold: Callable[[int, int], None] | None,
+        tables: tuple[int, int],
+        below: tuple[Tensor, Run],
+        change: Tensor,
+    ) -> list[Tensor]:
+        """Gradients of the bottom network's parameters; and with `fold`, of some of the tables' rows."""
+        if fold:
+            fold(*tables)
+        return self.model.back_bottom(below[1], change[:, 0])
 
     def _exchange(self, batch: Batch) -> tuple[list[tuple[Tensor, Run]], Tensor]:
         """What the bottom network gives by part and, exchanged meanwhile, the vectors of this rank's samples."""

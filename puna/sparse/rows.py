@@ -31,13 +31,7 @@ def _block(lanes: int, combine: _Build) -> Any:
     @intrinsic
     def block(typing: Any, target: Any, at: Any, source: Any, start: Any, factor: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
-            def place(n: int) -> Any:
-                kind = signature.args[n]
-                view = context.make_array(kind)(context, builder, given[n])
-                pointer = cgutils.get_item_pointer(context, builder, kind, view, [given[n + 1]], wraparound=False)
-                return builder.bitcast(pointer, ir.VectorType(pointer.type.pointee, lanes).as_pointer())
-
-            to, of = place(0), place(2)
+            to, of = (_pointer(context, builder, signature, given, n, lanes) for n in (0, 2))
             old, new = (_widen(builder, builder.load(p, align=2), lanes) for p in (to, of))
             rate = builder.insert_element(ir.Constant(new.type, ir.Undefined), given[4], ir.IntType(32)(0))
             rate = builder.shuffle_vector(rate, rate, ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes))
@@ -48,6 +42,33 @@ def _block(lanes: int, combine: _Build) -> Any:
         return types.void(target, at, source, start, types.float32), build
 
     return block
+
+
+@intrinsic
+def mask_block(typing: Any, change: Any, at: Any, value: Any, start: Any, sums: Any, place: Any) -> Any:
+    """change[at : at + 16] = 0 where value[start : start + 16] <= 0; sums[place : place + 16] (float32) += change."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        to, of, total = (_pointer(context, builder, signature, given, n, BLOCK) for n in (0, 2, 4))
+        number = ir.VectorType(ir.FloatType(), BLOCK)
+        passes = builder.fcmp_unordered(
+            ">", _widen(builder, builder.load(of, align=2), BLOCK), ir.Constant(number, [0.0] * BLOCK)
+        )
+        old = builder.load(to, align=2)
+        kept = builder.select(passes, old, ir.Constant(old.type, [0] * BLOCK))
+        builder.store(kept, to, align=2)
+        builder.store(builder.fadd(builder.load(total, align=4), _widen(builder, kept, BLOCK)), total, align=4)
+        return context.get_dummy_value()
+
+    return types.void(change, at, value, start, sums, place), build
+
+
+def _pointer(context: Any, builder: Any, signature: Any, given: Any, n: int, lanes: int) -> Any:
+    """To so many items of the array that is argument n, from the place on that is argument n + 1."""
+    kind = signature.args[n]
+    view = context.make_array(kind)(context, builder, given[n])
+    pointer = cgutils.get_item_pointer(context, builder, kind, view, [given[n + 1]], wraparound=False)
+    return builder.bitcast(pointer, ir.VectorType(pointer.type.pointee, lanes).as_pointer())
 
 
 def _widen(builder: Any, x: Any, lanes: int) -> Any:

@@ -29,19 +29,23 @@ class Team:
         if not self._parallel:
             act(0, count)
             return
-        cuts = [count * n // self.size for n in range(self.size + 1)]
+        shares = self.shares(count)
         failures: list[BaseException] = []
 
         def region(_: object) -> None:
             try:
                 for n in range(_OPENMP.omp_get_thread_num(), self.size, _OPENMP.omp_get_num_threads()):
-                    act(cuts[n], cuts[n + 1])
+                    act(*shares[n])
             except BaseException as failure:
                 failures.append(failure)
 
         self._parallel(_REGION(region), None, self.size, 0)
         if failures:
             raise failures[0]
+
+    def shares(self, count: int) -> list[tuple[int, int]]:
+        """Begin and end of each thread's part of range(count)."""
+        return [(count * n // self.size, count * (n + 1) // self.size) for n in range(self.size)]
 
     def on_parts(self, act: Callable[..., Any], *whole: Any) -> list[Any]:
         """act(part of each) for as many parts of all samples as there are threads, each of which works alone.
