@@ -5,10 +5,11 @@
 Arms: raw; forward (rows bounded by the published classes of the Kaggle tables, 0.01, 0.03 and 0.05, without the early
 factor); both (gradients too, at the bound `--backward`); wide (rows at a uniform 0.15, which has to show); and if asked
 for, nearest (as forward, without dither). Runs are one process with what would be exchanged put through the codec.
-planted: clicks of the generator, Kaggle cardinalities up to 200,000 rows, Kaggle networks, one pass of SGD; differences of AUC in points (hundredths of AUC) over seeds with a 95 % t
-interval. With --data: Adult, Gowalla (check-ins against as many random places, three to one) and the Criteo sample,
-classes by the homogenisation index, differences with 95 % bootstrap intervals over test samples. FOLDER keeps what is
-done: a command that is given again goes on.
+planted: clicks of the generator, Kaggle cardinalities up to 200,000 rows, Kaggle networks, one pass of SGD; differences
+of AUC in points (hundredths of AUC) over seeds with a 95 % t interval. With --data: Adult, Gowalla (check-ins against
+as many random places, three to one) and the Criteo sample, classes by the homogenisation index, differences with 95 %
+bootstrap intervals over test samples. FOLDER keeps what is done: a command that is
+given again goes on.
 """
 
 import argparse
