@@ -121,7 +121,8 @@ def real(args: argparse.Namespace) -> dict[str, Any]:
             import_clicks(files, folder, layout)
         clicks = Clicks.open(folder)
         logits = {}
-        for arm, exchange in arms(args, ()).items():
+        for arm in args.arms.split(","):
+            exchange = arms(args, ())[arm]
             _, (logits[arm], labels) = trained(config, exchange, clicks, 0, args.out / f"{name}-{arm}")
         result[name] = {arm: compared(logits["raw"], found, labels) for arm, found in logits.items() if arm != "raw"}
         result[name]["raw"] = {"auc": auc(logits["raw"], labels)}
@@ -203,8 +204,8 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=2_000_000)
     parser.add_argument("--arms", default="raw,forward,both,wide")
     parser.add_argument("--backward", type=float, default=0.01, help="bound of gradients")
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--table-lr", type=float, default=20.0)
+    parser.add_argument("--lr", type=float, default=0.1, help="of networks, planted")
+    parser.add_argument("--table-lr", type=float, default=20.0, help="of tables, planted")
     parser.add_argument("--data", help="folder of real sets")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

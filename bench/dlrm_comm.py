@@ -71,9 +71,9 @@ class Timed(Exchange):
         super().__init__(*arguments, **named)
         self.seconds = {"forward": 0.0, "backward": 0.0}
 
-    def _start(self, x: Tensor, *arguments: Any, dithered: bool) -> Pending:
-        side = "backward" if dithered else "forward"
-        pending = self._timed(side, lambda: Exchange._start(self, x, *arguments, dithered=dithered))
+    def _start(self, x: Tensor, *arguments: Any, unbiased: bool) -> Pending:
+        side = "backward" if unbiased else "forward"
+        pending = self._timed(side, lambda: Exchange._start(self, x, *arguments, unbiased=unbiased))
         return Pending(lambda: self._timed(side, pending.wait))
 
     def _timed(self, side: str, act: Callable[[], Any]) -> Any:

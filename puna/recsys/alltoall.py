@@ -96,13 +96,13 @@ class Exchange:
         back = [[block.turned() for block in blocks] for blocks in sent]
 
         def returns(gradient: Tensor) -> Pending:
-            return self._start(gradient, turned, back, terms, self.backward, self.returned, dithered=True)
+            return self._start(gradient, turned, back, terms, self.backward, self.returned, unbiased=True)
 
         return _AllToAll.apply(x, pending, returns, sink)
 
     def start(self, x: Tensor, sent: Blocks, received: Blocks, terms: Mapping[str, Any] | None = None) -> Pending:
         """Encode and send; every rank calls it."""
-        return self._start(x, sent, received, terms, self.forward, self.sent, dithered=False)
+        return self._start(x, sent, received, terms, self.forward, self.sent, unbiased=False)
 
     def _start(
         self,
@@ -113,7 +113,7 @@ class Exchange:
         wire: AnyWire,
         traffic: Traffic,
         *,
-        dithered: bool,
+        unbiased: bool,
     ) -> Pending:
         x = x.contiguous()
         traffic.rounds += 1
@@ -127,7 +127,7 @@ class Exchange:
             (rank, n) for rank in range(self.size) if rank != self.rank or self.local for n in range(len(sent[rank]))
         ]
         rows = [_rows(flat, starts[rank][n], sent[rank][n]) for rank, n in blocks]
-        encoded = wire.encode([sent[rank][n] for rank, n in blocks], rows, dithered)
+        encoded = wire.encode([sent[rank][n] for rank, n in blocks], rows, unbiased)
         streams: list[list[Any]] = [[] for _ in range(self.size)]
         for (rank, _), stream in zip(blocks, encoded, strict=True):
             streams[rank].append(stream)

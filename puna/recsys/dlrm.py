@@ -14,7 +14,7 @@ from puna.recsys.network import Network, Run
 
 @dataclass(frozen=True)
 class Top:
-    """What the model did above the bottom network: what `back` wants to know."""
+    """What the model did above the bottom network: what `back_top` wants to know."""
 
     vectors: Tensor
     crossed: list[tuple[Tensor, ...]]
@@ -67,7 +67,8 @@ class Dlrm(nn.Module):
         if self.config.interaction == "dot":
             products_back(top.vectors, change, out)
             return found
-        first, change = top.vectors.flatten(1), change[:, : top.vectors[0].numel()].float()
+        first = top.vectors.flatten(1)
+        change = change[:, : first.shape[1]].float()
         total = torch.zeros_like(change)
         for layer, kept in reversed(list(zip(self._cross(), top.crossed, strict=True))):
             given, change, own = layer.back(first, kept, change)

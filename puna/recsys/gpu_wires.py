@@ -1,7 +1,7 @@
 """The wires of `wires.py` for tensors on a GPU, by Triton kernels.
 
 Bounded streams and fp16 are, byte for byte, what the host sends (with codec `fixed`); int8 may differ by a code, as
-the host's kernel is free to multiply and add in one step.
+the host's kernel is free to multiply and add in one step. Rows have no dither here.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class DeviceHalf(DeviceWire):
     def size(self, block: Block) -> int:
         return 2 * block.count
 
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], dithered: bool) -> list[Tensor]:
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], unbiased: bool) -> list[Tensor]:
         halves = [torch.empty(part.numel(), dtype=torch.float16, device=part.device) for part in rows]
         for part, half in zip(rows, halves, strict=True):
             launch(kernels.to_half, part.numel(), part, half, part.numel())
@@ -42,7 +42,7 @@ class DeviceInt8(DeviceWire):
     def size(self, block: Block) -> int:
         return block.rows * (block.width + 8)
 
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], dithered: bool) -> list[Tensor]:
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], unbiased: bool) -> list[Tensor]:
         streams = [part.new_empty(part.numel() + 8 * len(part), dtype=torch.uint8) for part in rows]
         for block, part, stream in zip(blocks, rows, streams, strict=True):
             _by_row(kernels.to_int8, block, part, stream)
@@ -66,11 +66,10 @@ class DeviceBounded(DeviceWire):
     def size(self, block: Block) -> None:
         return None
 
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], dithered: bool) -> list[Tensor]:
-        if any(block.dither for block in blocks):
-            raise NotImplementedError("rows on a GPU are sent without dither")
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], unbiased: bool) -> list[Tensor]:
+        _refuse_dither(blocks)
         slices = [DeviceSlice(part, _ids(b, part), b.bound) for b, part in zip(blocks, rows, strict=True)]
-        if dithered:
+        if unbiased:
             noisy = [n for n, block in enumerate(blocks) if block.bound and block.seed]
             for n, part in zip(
                 noisy, with_noise([slices[n] for n in noisy], [blocks[n].seed for n in noisy]), strict=True
@@ -79,9 +78,15 @@ class DeviceBounded(DeviceWire):
         return encode_many(slices)
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        _refuse_dither(blocks)
         ids = [_ids(block, out) for block, out in zip(blocks, outs, strict=True)]
         for out, rows in zip(outs, decode_many(streams, ids), strict=True):
             out.copy_(rows)
+
+
+def _refuse_dither(blocks: Sequence[Block]) -> None:
+    if any(block.dither for block in blocks):
+        raise ValueError("rows on a GPU have no dither: give blocks without one, at both ends")
 
 
 def _ids(block: Block, part: Tensor) -> Tensor | None:

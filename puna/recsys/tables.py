@@ -1,10 +1,10 @@
 """Tables over ranks: rows of a batch are looked up where they are and exchanged; gradients go back and are applied.
 
-lookup = tables.index(ids)                   # which rows this batch needs, from whom, for whom
-pending = tables.send(lookup, bounds)        # rows leave, while the bottom network works
-vectors = tables.receive(lookup, pending)    # (b, 1 + T, D), with an autograd graph
-... backward ...                             # gradients leave, while the bottom network's are computed
-tables.collect()                             # gradients of this rank's rows; nothing is changed yet
+lookup = tables.index(ids)                       # which rows this batch needs, from whom, for whom
+sent = tables.gather(lookup)                     # which the exchange may start to send, while the bottom network works
+vectors = tables.receive(lookup, sent, blocks)   # (b, 1 + T, D), with an autograd graph
+... backward ...                                 # gradients leave, while the bottom network's are computed
+tables.collect()                                 # gradients of this rank's rows; nothing is changed yet
 tables.apply(rate)
 
 Where nothing is exchanged (`tables.alone`), `take` stands for all up to `receive`, and `keep` for going backward.
@@ -106,7 +106,8 @@ class Tables:
         team: Team | None = None,
     ) -> None:
         """shards: of all ranks. hots: ids that a sample has of each table at most; none: one of each. distinct: rows
-        that samples of a rank share are exchanged once. run: where checkpoints keep rows; None: nowhere."""
+        that samples of a rank share are exchanged once. dither: of bounded rows, though not of sums of bags. dtype: of
+        vectors. run: where checkpoints keep rows; None: nowhere."""
         self.rows, self.dim, self.shards, self.exchange = tuple(rows), dim, tuple(shards), exchange
         self.columns = np.concatenate([[0], np.cumsum(hots or [1] * len(self.rows))]).astype(np.int64)
         self.bags = np.diff(self.columns) > 1
@@ -220,7 +221,7 @@ class Tables:
             mark = key_of(seed, n, owner, user)
             known = not self.bags[table] and (forward[table] or backward[table])
             ids = self._ids(lookup, n, user) if known else None
-            noise = mark if self.dither else 0
+            noise = mark if self.dither and not self.bags[table] else 0
             return Block(rows, width, forward[table], backward[table], mark, noise, ids, ids if self.distinct else None)
 
         ranks = range(self.size)
@@ -341,6 +342,10 @@ class Tables:
         packed = torch.empty(_starts(lookup.received)[1])
         self._unpack(lookup, packed.numpy(), rows, backward=True)
         return packed
+
+    def forget(self) -> None:
+        """Whatever a step that was not taken has left."""
+        self._kept, self._gradients, self._coming, self._copies = None, [], [], []
 
     def keep(self, ids: npt.NDArray[np.int32], gradients: Tensor) -> Callable[[int, int], None]:
         """Going backward from `receive`, where the tables are `alone`: call what it gives with (begin, end) until all

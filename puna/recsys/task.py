@@ -237,7 +237,8 @@ class DlrmTask(GradientTask):
         return losses
 
     def differentiate(self, batch: Batch, factor: float) -> Tensor:
-        """Each of the team's threads works on a part of the samples alone, but for the tables."""
+        """Sets the gradients. Each of the team's threads works on a part of the samples alone, but for the tables."""
+        self.tables.forget()
         model, on_parts = self.model, self.team.on_parts
         alone = self.tables.alone and not self.bounds.observing
         if alone:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from puna.recsys.codec.quantise import finite_range
 from puna.sparse.compiled import exact_kernel, kernel
 from puna.sparse.hashing import mix
 
@@ -60,8 +61,8 @@ class Wire(Protocol):
     def size(self, block: Block) -> int | None:
         """Bytes of a block, or None where they depend on its numbers."""
 
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], dithered: bool) -> list[Any]:
-        """The bytes of each block. dithered: round without bias."""
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], unbiased: bool) -> list[Any]:
+        """The bytes of each block. unbiased: round without bias."""
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
         """Fill each of `outs`, (rows, width)."""
@@ -77,7 +78,7 @@ class DeviceWire(ABC):
         """As `Wire.size`."""
 
     @abstractmethod
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], dithered: bool) -> list[Tensor]:
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Tensor], unbiased: bool) -> list[Tensor]:
         """As `Wire.encode`."""
 
     @abstractmethod
@@ -93,7 +94,7 @@ class Raw:
     def size(self, block: Block) -> int:
         return 4 * block.count
 
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], dithered: bool) -> list[Any]:
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], unbiased: bool) -> list[Any]:
         return [part.view(np.uint8).reshape(-1) for part in rows]
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
@@ -109,7 +110,7 @@ class Half:
     def size(self, block: Block) -> int:
         return 2 * block.count
 
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], dithered: bool) -> list[Any]:
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], unbiased: bool) -> list[Any]:
         halves = (torch.from_numpy(part).clamp(-HALF_MAX, HALF_MAX).to(torch.float16).numpy() for part in rows)
         return [half.reshape(-1).view(np.uint8) for half in halves]
 
@@ -127,7 +128,7 @@ class Int8:
     def size(self, block: Block) -> int:
         return block.rows * (block.width + 8)
 
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], dithered: bool) -> list[Any]:
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], unbiased: bool) -> list[Any]:
         out = [np.empty((len(part), part.shape[1] + 8), np.uint8) for part in rows]
         for part, stream in zip(rows, out, strict=True):
             ends = np.empty((len(part), 2), np.float32)
@@ -179,27 +180,24 @@ class Bounded:
     def size(self, block: Block) -> None:
         return None
 
-    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], dithered: bool) -> list[Any]:
+    def encode(self, blocks: Sequence[Block], rows: Sequence[Rows], unbiased: bool) -> list[Any]:
+        """A stream ends with the noise's size, float32, where its block has a dither."""
         from puna.recsys.codec.api import Slice
 
-        slices, errors = [], []
+        slices, tails = [], []
         for block, part in zip(blocks, rows, strict=True):
-            bound = block.bound
-            if dithered and bound and block.seed:
+            bound, tail = block.bound, b""
+            if unbiased and bound and block.seed:
                 part, bound = with_noise(part, bound, block.seed)
-            if not dithered and bound and block.dither:
+            if bound and block.dither:
                 part, bound, error = dithering(part, bound, block)
-                errors.append(error)
+                tail = error.tobytes()
             slices.append(Slice(part, block.ids, bound or 0.5, self.codec if bound else "raw"))
+            tails.append(tail)
         streams = self._coder.encode_many(slices)
-        tails = iter(errors)
-        return [
-            np.frombuffer(stream + (next(tails).tobytes() if b.bound and b.dither and not dithered else b""), np.uint8)
-            for b, stream in zip(blocks, streams, strict=True)
-        ]
+        return [np.frombuffer(stream + tail, np.uint8) for stream, tail in zip(streams, tails, strict=True)]
 
     def decode(self, blocks: Sequence[Block], streams: Sequence[Bytes], outs: Sequence[Rows]) -> None:
-        """Ends with the noise's size, float32, where there is one."""
         noisy = [block.dither and block.bound for block in blocks]
         whole = [stream[:-4] if noise else stream for stream, noise in zip(streams, noisy, strict=True)]
         self._coder.decode_many(whole, [block.ids for block in blocks], list(outs))
@@ -211,18 +209,20 @@ class Bounded:
 
 _MARGIN = 0.999
 """Of the bound is the quantiser's; the rest is for sums in float32."""
+_LEAST = 2.0**-12
+"""Of the largest number: noise that is smaller would be lost in those sums."""
 
 
 def dithering(rows: Rows, bound: float, block: Block) -> tuple[Rows, float, np.float32]:
     """Rows with their noise, the bound that makes the same error of them, and the size of the noise."""
-    low, high = _range(rows)
-    error = np.float32(bound * (float(high) - float(low)) * _MARGIN)
-    if not error > 0 or not np.isfinite(error):
+    low, high = finite_range(rows.reshape(-1))
+    error = np.float32(bound * (high - low) * _MARGIN)
+    if not _LEAST * max(abs(low), abs(high)) < error < np.inf:
         return rows, bound, np.float32(0)
     noisy = np.empty_like(rows)
     _add_dither(rows, *_keyed(block), error, noisy)
-    low, high = _range(noisy)
-    return noisy, min(0.5, float(error) / (float(high) - float(low))), error
+    low, high = finite_range(noisy.reshape(-1))
+    return noisy, min(0.5, float(error) / (high - low)), error
 
 
 def _keyed(block: Block) -> tuple[Any, Any]:
@@ -233,33 +233,25 @@ def _keyed(block: Block) -> tuple[Any, Any]:
 
 @exact_kernel
 def _add_dither(rows: Any, seed: Any, ids: Any, error: Any, out: Any) -> None:
-    """out = rows + error x noise, even over -1 .. 1: of a row, one random number and steps of the golden ratio."""
+    """out = rows + error x noise, even over -1 .. 1: of a row, a random number and random steps from it (with the same
+    steps, the noises of two rows would go together, and so into their product)."""
     for i in range(rows.shape[0]):
-        bits = np.uint32(mix(seed + np.uint64(ids[i])) >> np.uint64(32))
+        bits = mix(seed + np.uint64(ids[i]))
+        phase, step = np.uint32(bits >> np.uint64(32)), np.uint32(bits) | np.uint32(1)
         for k in range(rows.shape[1]):
-            place = bits + np.uint32(k) * np.uint32(0x9E3779B9)
+            place = phase + np.uint32(k) * step
             out[i, k] = rows[i, k] + error * (np.float32(np.int32(place)) * np.float32(2.0**-31))
 
 
 def with_noise(rows: Rows, bound: float, seed: int) -> tuple[Rows, float]:
     """Rows with noise over one step 2 E of the quantiser, E = bound x range, and the bound that makes E of them."""
-    low, high = _range(rows)
-    error = bound * (float(high) - float(low))
+    low, high = finite_range(rows.reshape(-1))
+    error = bound * (high - low)
     if not error > 0 or not np.isfinite(error):
         return rows, bound
     noisy = np.empty_like(rows)
     low, high = _add_noise(rows, error, np.uint64(seed), noisy)
     return noisy, min(0.5, error / (float(high) - float(low)))
-
-
-@exact_kernel
-def _range(rows: Any) -> Any:
-    low, high = np.float32(np.inf), np.float32(-np.inf)
-    for i in range(rows.shape[0]):
-        for k in range(rows.shape[1]):
-            if np.isfinite(rows[i, k]):
-                low, high = min(low, rows[i, k]), max(high, rows[i, k])
-    return low, high
 
 
 @exact_kernel

@@ -13,7 +13,7 @@ _REGION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class Team:
-    """Threads that take the parts 0 .. size - 1 of a piece of work at the same time; results do not depend on size.
+    """Threads that take the parts 0 .. size - 1 of a piece of work at the same time.
 
     They are the OpenMP threads of torch's own operators: those wait for their next work awake, and would keep others
     off the cores. Without OpenMP the parts come one after the other.
@@ -50,13 +50,10 @@ class Team:
     def on_parts(self, act: Callable[..., Any], *whole: Any) -> list[Any]:
         """act(part of each) for as many parts of all samples as there are threads, each of which works alone.
 
-        A tensor (its first dim: samples) is cut; a list has its parts already; None has none. What one operator of a
+        A tensor (its first dim: samples) is cut; a list has its parts already. What one operator of a
         part leaves is then near the core that reads it, and no thread waits for another after each.
         """
-        parts = [
-            x.tensor_split(self.size) if isinstance(x, Tensor) else [None] * self.size if x is None else x
-            for x in whole
-        ]
+        parts = [x.tensor_split(self.size) if isinstance(x, Tensor) else x for x in whole]
         found: list[Any] = [None] * self.size
 
         def some(begin: int, end: int) -> None:

@@ -169,6 +169,8 @@ def test_gradients_by_hand_are_those_of_autograd(interaction, dtype):
     logits, top = model.top(x, with_room(vectors.detach()).to(model.vector_dtype))
     change = torch.empty_like(top.vectors)
     above = model.back_top(top, weights, change)
+    _, nothing = model.top(*(part[:0] for part in (x, top.vectors)))
+    assert all(not g.any() for g in model.back_top(nothing, weights[:0], change[:0])), "a thread may have no sample"
     found = [logits, change[:, 1:], *model.back_bottom(run, change[:, 0]), *above]
     assert [ours.shape for ours in found] == [theirs.shape for theirs in [wanted, *grads]]
     if dtype == "fp32":

@@ -153,8 +153,8 @@ def test_wrong_arguments_and_streams():
         gpu_codec.decode(on_device(np.frombuffer(host, np.uint8)))
 
 
-@pytest.mark.parametrize("dithered", [False, True])
-def test_wires_send_the_hosts_bytes(dithered):
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_wires_send_the_hosts_bytes(unbiased):
     rng = np.random.default_rng(0)
     parts = [rng.standard_normal(shape).astype(np.float32) for shape in ((60, 16), (7, 5), (0, 8), (33, 1))]
     parts[0][::2] *= 1e5
@@ -163,8 +163,8 @@ def test_wires_send_the_hosts_bytes(dithered):
         for part, bound, seed in zip(parts, (0.02, 0.05, 0.05, 0.0), (9, 2**64 - 5, 3, 4), strict=True)
     ]
     for wire, like in ((gpu_wires.DeviceBounded(), Bounded("fixed")), (gpu_wires.DeviceHalf(), Half())):
-        streams = wire.encode(blocks, [on_device(part) for part in parts], dithered)
-        theirs = like.encode(blocks, parts, dithered)
+        streams = wire.encode(blocks, [on_device(part) for part in parts], unbiased)
+        theirs = like.encode(blocks, parts, unbiased)
         assert [bytes(stream.cpu().numpy()) for stream in streams] == [bytes(stream) for stream in theirs]
         outs = [torch.empty(part.shape, device=DEVICE) for part in parts]
         again = [np.empty_like(part) for part in parts]
