@@ -10,7 +10,7 @@ from torch import Tensor
 
 from puna.errors import RanksDiffer
 from puna.recsys.alltoall import Exchange
-from puna.recsys.wires import Block, Half, Int8, make_wire, with_noise
+from puna.recsys.wires import Block, Half, Int8, dithering, make_wire, with_noise
 
 SHAPES = [
     [[(5, 3), (0, 4)], [(2, 3)], [], [(7, 1), (1, 8)]],
@@ -212,3 +212,13 @@ def test_what_dither_does_to_a_row_does_not_depend_on_it():
     (stream,) = make_wire("bounded").encode([block := Block(1, 4, 0.03)], [rows], False)
     make_wire("bounded").decode([block], [stream], [out := np.empty_like(rows)])
     assert not out[0, :2].any()
+
+
+def test_the_noises_of_two_rows_are_independent():
+    """Their product spreads as that of two even noises does: a third of the square of the bound, times the root of D."""
+    zeros = np.zeros((4000, 64), np.float32)
+    zeros[0, :2] = (-1, 1)
+    noisy, _, error = dithering(zeros, 0.05, Block(*zeros.shape, 0.05, dither=5))
+    products = np.einsum("id,id->i", noisy[2::2], noisy[3::2]) / float(error) ** 2
+    assert products.std() == pytest.approx(np.sqrt(64) / 3, rel=0.15)
+    assert noisy[2:].std() / error == pytest.approx(1 / np.sqrt(3), rel=0.01)
