@@ -215,7 +215,7 @@ def test_what_dither_does_to_a_row_does_not_depend_on_it():
 
 
 def test_the_noises_of_two_rows_are_independent():
-    """Their product spreads as that of two even noises does: a third of the square of the bound, times the root of D."""
+    """Their product spreads as that of two even ones does: a third of the square of the bound, times the root of D."""
     zeros = np.zeros((4000, 64), np.float32)
     zeros[0, :2] = (-1, 1)
     noisy, _, error = dithering(zeros, 0.05, Block(*zeros.shape, 0.05, dither=5))
