@@ -291,28 +291,21 @@ def merge(
 
 
 @exact_kernel
-def step_sgd(flat: Any, offset: int, rows: Any, count: int, gradients: Any, rate: Any) -> None:
-    """row -= rate x gradient, for so many rows."""
-    width, given = gradients.shape[1], gradients.reshape(-1)
-    for i in range(count):
-        if i + _AHEAD < count:
-            fetch_ahead(flat, offset + rows[i + _AHEAD] * width)  # type: ignore[call-arg]
-        step_row(flat, offset + rows[i] * width, given, i * width, width, rate)
-
-
-@exact_kernel
-def step_adagrad(
+def step_rows(
     flat: Any, offset: int, sums: Any, sums_offset: int, rows: Any, count: int, gradients: Any, square: Any, dim: int,
     rate: Any, eps: Any,
 ) -> None:  # fmt: skip
-    """sum += square / dim; row -= rate x gradient / (sqrt(sum) + eps). square: of the whole row, (n,)."""
+    """SGD, where there are no sums: row -= rate x gradient, for so many rows. Else row-wise Adagrad, which divides the
+    rate by sqrt(sum) + eps after sum += square / dim. square: of the whole row, (n,)."""
     width, given = gradients.shape[1], gradients.reshape(-1)
     for i in range(count):
         if i + _AHEAD < count:
             fetch_ahead(flat, offset + rows[i + _AHEAD] * width)  # type: ignore[call-arg]
-        place = sums_offset + rows[i]
-        sums[place] += square[i] / np.float32(dim)
-        factor = rate / (np.float32(math.sqrt(sums[place])) + eps)
+        factor = rate
+        if len(sums):
+            place = sums_offset + rows[i]
+            sums[place] += square[i] / np.float32(dim)
+            factor = rate / (np.float32(math.sqrt(sums[place])) + eps)
         step_row(flat, offset + rows[i] * width, given, i * width, width, factor)
 
 
@@ -321,12 +314,9 @@ def step_kept(
     flat: Any, offsets: Any, sums: Any, rows: Any, counts: Any, gradients: Any, square: Any, rate: Any, eps: Any,
     begin: int, end: int,
 ) -> None:  # fmt: skip
-    """Steps of the whole tables begin .. end, with what `fold_by_id` gave; sums: of all tables, none: SGD."""
+    """Steps of the whole tables begin .. end, with what `fold_by_id` gave."""
     dim = gradients.shape[2]
     for t in range(begin, end):
-        if len(sums):
-            step_adagrad(
-                flat, offsets[t], sums, offsets[t] // dim, rows[t], counts[t], gradients[t], square[t], dim, rate, eps
-            )
-        else:
-            step_sgd(flat, offsets[t], rows[t], counts[t], gradients[t], rate)
+        step_rows(
+            flat, offsets[t], sums, offsets[t] // dim, rows[t], counts[t], gradients[t], square[t], dim, rate, eps
+        )

@@ -443,14 +443,11 @@ class Tables:
 
         def act(begin: int, end: int) -> None:
             for gradient in self._gradients[begin:end]:
-                n, rows, values = gradient.shard, gradient.rows, gradient.values
-                if self.adagrad:
-                    lookups.step_adagrad(
-                        self.flat, self._offsets[n], self.sums, self._sum_offsets[n], rows, len(rows), values,
-                        gradient.square, self.dim, speed, self.eps,
-                    )  # fmt: skip
-                else:
-                    lookups.step_sgd(self.flat, self._offsets[n], rows, len(rows), values, speed)
+                n, rows = gradient.shard, gradient.rows
+                lookups.step_rows(
+                    self.flat, self._offsets[n], self.sums, self._sum_offsets[n], rows, len(rows), gradient.values,
+                    gradient.square, self.dim, speed, self.eps,
+                )  # fmt: skip
 
         self.team(act, len(self._gradients))
         self._gradients = []

@@ -37,7 +37,7 @@ from puna.train.order import permute
 from puna.train.phase import during
 from puna.train.schedule import Schedule
 from puna.train.sharding import local
-from puna.train.task import Cursor, GradientTask, Json, State, StepReport
+from puna.train.task import Cursor, Json, OptimizerTask, State, StepReport
 
 EVAL_BATCH = 8192
 AHEAD = 2
@@ -83,7 +83,7 @@ class Unit:
     read_on: Callable[[], None]  # has a thread read the batch after the next, at a time that suits the step
 
 
-class DlrmTask(GradientTask):
+class DlrmTask(OptimizerTask):
     """Trains tables and networks on the train split of clicks; evaluates on its valid split, or test without one."""
 
     def __init__(
@@ -237,7 +237,8 @@ class DlrmTask(GradientTask):
         return losses
 
     def differentiate(self, batch: Batch, factor: float) -> Tensor:
-        """Sets the gradients. Each of the team's threads works on a part of the samples alone, but for the tables."""
+        """Gradients are set, as a unit has one batch. Each of the team's threads works on a part of the samples alone,
+        but for the tables."""
         self.tables.forget()
         model, on_parts = self.model, self.team.on_parts
         alone = self.tables.alone and not self.bounds.observing
@@ -248,8 +249,10 @@ class DlrmTask(GradientTask):
             below, vectors = self._exchange(batch)
         change = torch.empty_like(vectors)
         above = on_parts(partial(self._top, factor), below, vectors.detach(), batch.labels, change)
-        fold = self.tables.keep(batch.table_ids, change) if alone else None
-        if not alone:
+        fold = None
+        if alone:
+            fold = self.tables.keep(batch.table_ids, change)
+        else:
             vectors.backward(change)
         tables = self.team.shares(len(self.rows))
         outer = on_parts(partial(self._outward, fold), tables, below, change)

@@ -93,16 +93,11 @@ def _copied(builder: Any, old: Any, new: Any, rate: Any) -> Any:
     return new
 
 
-def _added(builder: Any, old: Any, new: Any, rate: Any) -> Any:
-    return builder.fadd(old, new)
-
-
 def _stepped(builder: Any, old: Any, new: Any, rate: Any) -> Any:
     return builder.fsub(old, builder.fmul(rate, new))
 
 
 _copy_block, _copy_one = _block(BLOCK, _copied), _block(1, _copied)
-_add_block, _add_one = _block(BLOCK, _added), _block(1, _added)
 _step_block, _step_one = _block(BLOCK, _stepped), _block(1, _stepped)
 
 
@@ -123,16 +118,6 @@ def copy_row(target: Any, at: int, source: Any, start: int, width: int) -> None:
 
 
 @exact_kernel
-def add_row(target: Any, at: int, source: Any, start: int, width: int) -> None:
-    """target[at : at + width] += source[start : start + width]."""
-    whole = width - width % BLOCK
-    for c in range(0, whole, BLOCK):
-        _add_block(target, at + c, source, start + c, 0)
-    for c in range(whole, width):
-        _add_one(target, at + c, source, start + c, 0)
-
-
-@exact_kernel
 def step_row(target: Any, at: int, source: Any, start: int, width: int, rate: Any) -> None:
     """target[at : at + width] -= rate x source[start : start + width]."""
     whole = width - width % BLOCK
@@ -140,3 +125,9 @@ def step_row(target: Any, at: int, source: Any, start: int, width: int, rate: An
         _step_block(target, at + c, source, start + c, rate)
     for c in range(whole, width):
         _step_one(target, at + c, source, start + c, rate)
+
+
+@exact_kernel
+def add_row(target: Any, at: int, source: Any, start: int, width: int) -> None:
+    """target[at : at + width] += source[start : start + width]."""
+    step_row(target, at, source, start, width, -1.0)

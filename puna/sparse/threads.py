@@ -50,8 +50,8 @@ class Team:
     def on_parts(self, act: Callable[..., Any], *whole: Any) -> list[Any]:
         """act(part of each) for as many parts of all samples as there are threads, each of which works alone.
 
-        A tensor (its first dim: samples) is cut; a list has its parts already. What one operator of a
-        part leaves is then near the core that reads it, and no thread waits for another after each.
+        A tensor (its first dim: samples) is cut; a list has its parts already. What one operator of a part leaves is
+        then near the core that reads it, and no thread waits for another after each.
         """
         parts = [x.tensor_split(self.size) if isinstance(x, Tensor) else x for x in whole]
         found: list[Any] = [None] * self.size

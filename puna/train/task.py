@@ -151,7 +151,7 @@ class GradientUnit(Protocol):
     def batches(self) -> Sequence[Any]: ...  # of Batch; as many on every rank, at least one
 
 
-class GradientTask(Task):
+class OptimizerTask(Task):
     """Trains modules: counts targets over ranks and micro-batches first, accumulates, votes on finiteness, steps.
 
     `modules` and `optimizers` are named; a name is also that of the state in a checkpoint (optimisers: "optim.NAME").
@@ -200,15 +200,10 @@ class GradientTask(Task):
             self._oversight = Oversight(self.modules, self.optimizers, health, limits)
         self.controller = self._oversight.controller if self._oversight else None
 
-    def loss_sum(self, batch: Any) -> Tensor:
-        """Sum (not mean) of the losses over the batch's `weight` targets, a scalar with a graph."""
-        raise NotImplementedError
-
+    @abstractmethod
     def differentiate(self, batch: Any, factor: float) -> Tensor:
-        """The sum of the losses, without a graph; adds the gradients of sum x factor to the parameters'."""
-        loss = self.loss_sum(batch)
-        (loss * factor).backward()
-        return loss.detach()
+        """Sum (not mean) of the losses over the batch's `weight` targets, without a graph; adds the gradients of sum x
+        factor to the parameters'."""
 
     def step(self, unit: GradientUnit) -> StepReport:
         """One optimiser step. Raises DataError (no targets), NonFinite (no controller), Diverged (a controller at its
@@ -378,6 +373,20 @@ class GradientTask(Task):
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
+
+
+class GradientTask(OptimizerTask):
+    """An OptimizerTask whose gradients are autograd's, of `loss_sum`."""
+
+    @abstractmethod
+    def loss_sum(self, batch: Any) -> Tensor:
+        """Sum (not mean) of the losses over the batch's `weight` targets, a scalar with a graph."""
+
+    def differentiate(self, batch: Any, factor: float) -> Tensor:
+        """By going backward through the graph of the loss."""
+        loss = self.loss_sum(batch)
+        (loss * factor).backward()
+        return loss.detach()
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
